@@ -1,0 +1,151 @@
+"""Every knob, once: the typed configuration, its presets, and the command line.
+
+A run's settings are laid over each other, the later one winning:
+    the fields' defaults (what the paper shares between its runs)  <  the algorithm  <  the model  <  model and algorithm  <  flags
+The object that comes out is the one that is used, logged and compared on resume.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+
+from papo import ALGORITHMS
+
+
+def fail(message):
+    """End with one clear sentence (from one process only) and a non-zero exit."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def knob(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    # what is trained, on what, and where it goes
+    algo: str = knob("papo_g", "algorithm", list(ALGORITHMS))
+    model: str = knob("", "Hugging Face name or folder, or 'toy'; default: toy without a CUDA device, else Qwen2.5-VL-3B")
+    data: str = knob("", "hub name, parquet/json/jsonl file or folder, or 'toy'; default: what goes with the model")
+    out: str = knob("", "output folder; default: out/<model>-<algo>")
+    seed: int = knob(1, "seed of every random draw")
+    steps: int = knob(202, "rollout steps; 202 = 2 epochs of ViRL39K")
+    resume: bool = knob(False, "continue the run in --out from its newest whole checkpoint")
+    # batch: prompts_per_step * group_size responses a step, prompts_per_step / prompts_per_update optimiser updates on them
+    prompts_per_step: int = knob(384, "prompts rolled out per step, over all processes")
+    group_size: int = knob(5, "G, responses per prompt")
+    prompts_per_update: int = knob(128, "prompts per optimiser update, over all processes")
+    prompts_per_forward: int = knob(4, "prompts per forward pass on one process; memory only, never the result")
+    # objective; see papo.py
+    clip_low: float = knob(0.2, "eps_l of Eq. (1)")
+    clip_high: float = knob(0.3, "eps_h of Eq. (1)")
+    dual_clip: float = knob(3.0, "cap on the policy loss of a token with negative advantage, in units of |A|")
+    beta: float = knob(0.01, "weight of KL(pi || pi_ref), Eq. (1); 0 loads no reference model")
+    gamma: float = knob(0.0, "weight of KL(pi || pi_mask), the implicit perception loss, Eq. (2)")
+    eta1: float = knob(0.0, "weight of H[pi], Eq. (2)")
+    eta2: float = knob(0.0, "weight of H[pi_mask], Eq. (2); a constant while the masked branch has no gradient")
+    mask_ratio: float = knob(0.6, "p, the share of picture patches that are blackened")
+    mask_unit: str = knob("patch", "what is blackened as one piece: a 14-pixel patch, or a 28-pixel token of the language model",
+                          ["patch", "token"])
+    reward: str = knob("official", "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1", ["official", "paper"])
+    dynamic_sampling: bool = knob(False, "keep only groups that are neither all right nor all wrong, and refill (DAPO)")
+    max_rounds: int = knob(20, "rounds of dynamic sampling before giving up")
+    # optimiser
+    lr: float = knob(1e-6, "learning rate")
+    warmup_updates: int = knob(0, "updates over which the learning rate rises to lr; the first is never 0")
+    weight_decay: float = knob(0.01, "AdamW weight decay")
+    max_grad_norm: float = knob(1.0, "gradient clipping")
+    # sampling and prompts
+    temperature: float = knob(1.0, "sampling temperature, in training and evaluation")
+    top_p: float = knob(0.99, "nucleus; with top_p < 1 the trainer still scores the untruncated distribution, as released")
+    max_prompt_tokens: int = knob(4096, "longer prompts are left out")
+    max_response_tokens: int = knob(2048, "responses are cut off here")
+    min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged")
+    max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk")
+    dtype: str = knob("bfloat16", "of the forward pass; master weights are float32", ["float32", "bfloat16"])
+    # watching and saving
+    eval_every: int = knob(5, "steps between validations; 0: only before and after")
+    eval_questions: int = knob(200, "questions per split in a validation")
+    eval_n: int = knob(8, "responses per question in the before/after table")
+    save_every: int = knob(5, "steps between checkpoints; the last step is always saved")
+    keep: int = knob(2, "checkpoints to keep; 0: all")
+    warm_steps: int = knob(560, "supervised warm-start steps of the toy model")
+
+
+# The paper's table (A3 of v5's appendix and the released scripts), and the toy's own settings.
+MODELS = {
+    "toy": dict(steps=100, prompts_per_step=32, group_size=8, prompts_per_update=16, prompts_per_forward=16, lr=2e-4,
+                top_p=1.0, max_prompt_tokens=256, max_response_tokens=48, min_pixels=28 * 28, max_pixels=64 * 28 * 28,
+                dtype="float32", mask_unit="token", eval_every=20, eval_questions=256, save_every=25, weight_decay=0.0),
+    "qwen2.5-vl-3b": {}, "qwen2.5-vl-7b": {}, "qwen3-vl-2b": {},
+}
+MODELS_AND_ALGORITHMS = {
+    ("qwen2.5-vl-7b", "papo_g"): dict(eta1=0.05, eta2=0.05),
+    ("qwen3-vl-2b", "papo_g"): dict(gamma=0.01),
+    ("toy", "papo_g"): dict(gamma=0.05),
+    ("toy", "papo_d"): dict(gamma=0.05),
+}
+# What a resumed run may change: nothing that alters the weights it arrives at.
+FREE_ON_RESUME = {"resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
+
+
+def family(model, data):
+    """Which preset fits: by data for the toy, else by the model's name; unknown models get the 3B settings."""
+    name = model.lower()
+    return "toy" if data == "toy" else next((f for f in MODELS if f != "toy" and f in name), "qwen2.5-vl-3b")
+
+
+def resolve(flags, cuda):
+    """Flags given on the command line -> (Config, why the model was chosen)."""
+    model, reason = flags.get("model"), "as asked"
+    if not model:
+        model = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
+        reason = "default where there is a CUDA device" if cuda else "default where there is no CUDA device"
+    data = flags.get("data") or ("toy" if model == "toy" else "PAPOGalaxy/PAPO_ViRL39K_train")
+    algo, fam = flags.get("algo", "papo_g"), family(model, data)
+    layers = {**ALGORITHMS[algo], **MODELS[fam], **MODELS_AND_ALGORITHMS.get((fam, algo), {}), **flags}
+    layers |= {"model": model, "data": data, "algo": algo, "out": flags.get("out") or f"out/{fam}-{algo}"}
+    return Config(**layers), reason
+
+
+def check(cfg, world_size):
+    """End with a sentence on settings that cannot work."""
+    positive = "steps prompts_per_step prompts_per_update prompts_per_forward max_response_tokens max_prompt_tokens eval_n " \
+               "eval_questions max_rounds save_every temperature lr max_grad_norm".split()
+    for name in positive:
+        if not getattr(cfg, name) > 0:
+            fail(f"--{name} {getattr(cfg, name)}: must be greater than 0")
+    if cfg.group_size < 2:
+        fail(f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage can be formed")
+    if cfg.prompts_per_step % cfg.prompts_per_update:
+        fail(f"--prompts_per_step {cfg.prompts_per_step} is not a multiple of --prompts_per_update {cfg.prompts_per_update}; "
+             "every update needs the same number of prompts")
+    if cfg.prompts_per_update % world_size:
+        fail(f"--prompts_per_update {cfg.prompts_per_update} cannot be shared equally by {world_size} processes; "
+             f"use a multiple of {world_size}")
+    for name, low, high in [("mask_ratio", 0, 1), ("top_p", 1e-9, 1), ("clip_low", 0, 1)]:
+        if not low <= getattr(cfg, name) <= high:
+            fail(f"--{name} {getattr(cfg, name)}: must lie between {low:g} and {high}")
+
+
+def parser():
+    """One flag per field, named as the field."""
+    p = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                description="Train a vision-language model with PAPO. Defaults depend on model and algorithm.")
+    p.error = lambda message: fail(f"{message}; see --help")
+    for f in dataclasses.fields(Config):
+        if f.type is bool:
+            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=f.metadata["help"])
+        else:
+            p.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
+    return p
+
+
+def same_run(cfg, path):
+    """End with a sentence unless the config file at path describes the run that cfg would continue."""
+    before, now = json.loads(path.read_text())["config"], dataclasses.asdict(cfg)
+    changed = [f"{k} ({before.get(k)!r} then, {v!r} now)" for k, v in now.items() if k not in FREE_ON_RESUME and before.get(k) != v]
+    if changed:
+        fail(f"{path.parent} was run with other settings: {', '.join(changed)}; give the same flags, or another --out")

@@ -1,0 +1,90 @@
+"""What is sampled, and that the log-probs reported are those of the distribution sampled from."""
+from dataclasses import replace
+
+import torch
+
+from data import generator
+from model import pack
+from rollout import TransformersSampler, sampling_logprobs
+
+
+def roll(policy, processors, cfg, prompts, n=4, **changes):
+    sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, replace(cfg, **changes))
+    return sampler.generate(prompts, n, [(0, "sample", 0, i) for i in range(len(prompts))])
+
+
+def test_logprobs_agree_with_the_trainer(policy, processors, cfg, prompts):
+    """Same temperature, same ban, another code path: prefill and cache against the packed forward."""
+    policy.temperature = 0.8
+    rollouts = roll(policy, processors, cfg, prompts, temperature=0.8)
+    packed = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
+    with torch.no_grad():
+        logp = policy(packed)
+    for b, r in enumerate(rollouts):
+        for g, sampled in enumerate(r.logprobs):
+            assert torch.allclose(logp[b, g, :len(sampled)], sampled, atol=1e-4)
+    assert packed.mask.sum() == sum(len(t) for r in rollouts for t in r.tokens)
+
+
+def test_eos_is_inside_and_ends_a_response(policy, processors, cfg, prompts):
+    eos = processors[0].eos_token_id
+    rollouts = roll(policy, processors, cfg, prompts, n=8)
+    assert any(f for r in rollouts for f in r.finished)
+    for r in rollouts:
+        for tokens, logprobs, finished in zip(r.tokens, r.logprobs, r.finished):
+            assert len(tokens) == len(logprobs) and (tokens[:-1] != eos).all()
+            assert finished == (tokens[-1] == eos).item()
+    cut = roll(policy, processors, cfg, prompts, max_response_tokens=3)
+    assert all(len(t) == 3 and not f for r in cut for t, f in zip(r.tokens, r.finished))
+
+
+def test_a_sample_does_not_depend_on_its_batch(policy, processors, cfg, prompts):
+    """Same name, same sample: alone, in company, in another order."""
+    sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
+    names = [(0, "sample", 3, i) for i in range(len(prompts))]
+    together = sampler.generate(prompts, 3, names)
+    for b in (0, 5):
+        alone = sampler.generate([prompts[b]], 3, [names[b]])[0]
+        assert all(torch.equal(x, y) for x, y in zip(alone.tokens, together[b].tokens))
+    reverse = sampler.generate(prompts[::-1], 3, names[::-1])[::-1]
+    assert all(torch.equal(x, y) for a, b in zip(reverse, together) for x, y in zip(a.tokens, b.tokens))
+
+
+def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
+    """Even a policy that wants nothing else: without the ban the next forward would look for a picture that is not there."""
+    image = policy.vlm.config.image_token_id
+    with torch.no_grad():
+        policy.vlm.lm_head.weight[image] += 3.0 * policy.vlm.lm_head.weight.abs().max()
+    for r in roll(policy, processors, cfg, prompts[:2], temperature=5.0):
+        assert not policy.banned[torch.cat(r.tokens)].any()
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies of inverse-CDF sampling against the probabilities they come from."""
+    logits, banned = torch.tensor([[2.0, 1.0, 0.0, 5.0, -1.0]]), torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool)
+    p = sampling_logprobs(logits, banned, 1.0, 1.0).double().exp()[0]
+    u = torch.rand(20_000, generator=generator("frequency"), dtype=torch.float64)
+    counts = torch.searchsorted(p.cumsum(0), u * p.sum(), right=True).bincount(minlength=5) / len(u)
+    assert p[3] == 0 and counts[3] == 0 and (counts - p).abs().max() < 0.02
+
+
+def test_nucleus_by_hand():
+    """p = .5 .3 .15 .05, top_p .7: the two likeliest stay, renormalised to .625 and .375."""
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    p = sampling_logprobs(logits, torch.zeros(4, dtype=torch.bool), 1.0, 0.7).exp()
+    assert torch.allclose(p, torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
+
+
+def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, prompts):
+    from model import load_vlm
+    sampler = TransformersSampler(load_vlm(folder), processors[0], policy.banned, cfg)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator("perturb", p.numel())))
+    names = [(0, "sync")]
+    want = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg).generate(prompts[:1], 4, names)[0]
+    stale = sampler.generate(prompts[:1], 4, names)[0]
+    sampler.sync(policy)
+    fresh = sampler.generate(prompts[:1], 4, names)[0]
+    assert not all(torch.equal(a, b) for a, b in zip(stale.tokens, want.tokens))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.tokens, want.tokens))

@@ -1,0 +1,105 @@
+"""The toy task: right answers, honest splits, hints as promised."""
+import re
+
+import torch
+
+import toy
+import warm
+from config import resolve
+from data import encode
+from reward import boxed
+from toy import GRID, NAMES, ToyData, held_out, make
+
+
+def answer_by_looking(problem, board):
+    """A second solver, written from the question alone."""
+    question = problem.split(" . ")[1]
+    if m := re.match(r"how many (\w+) objects are there \?|how many (\w+)s are there \?", question):
+        word = m[1] or m[2]
+        return str(sum(c is not None and word in c for c in board))
+    if m := re.match(r"what (colour|shape) is at (\w+) \?", question):
+        return board[NAMES.index(m[2])][m[1] == "shape"]
+    if m := re.match(r"are there more (\w+) or more (\w+) objects \?", question):
+        a, b = (sum(c is not None and c[0] == w for c in board) for w in m.groups())
+        return m[1] if a > b else m[2] if b > a else "same"
+    m = re.match(r"how many (\w+) and (\w+) objects are there together \?", question)
+    return str(sum(c is not None and c[0] in m.groups() for c in board))
+
+
+def test_answers_are_right_and_responses_carry_them():
+    families = set()
+    for i in range(200):
+        example, response, board = make(3, "train", i)
+        assert example.answer == answer_by_looking(example.problem, board) == boxed(response)
+        families.add(example.tags["family"])
+    assert families == set(toy.FAMILIES)
+
+
+def test_examples_are_a_pure_function_of_seed_split_and_index():
+    for split in ("train", "general", "vision", "blind", "val"):
+        a, b = make(1, split, 5), make(1, split, 5)
+        assert a[0].problem == b[0].problem and a[0].images[0].tobytes() == b[0].images[0].tobytes()
+    assert make(1, "train", 5)[2] != make(2, "train", 5)[2]
+    assert make(1, "vision", 5)[2] != make(1, "val", 5)[2]
+
+
+def test_train_and_test_pictures_never_coincide():
+    """The divide is by content: every training board, the warm start's included, hashes to one side of it."""
+    assert not any(held_out(make(seed, "train", i)[2]) for seed in (0, 1) for i in range(200))
+    assert all(held_out(make(0, split, i)[2]) for split in toy.SPLITS + ["val"] for i in range(100))
+    pictures = {warm.lesson(i, 0, 0.0)[0].images[0].tobytes() for i in range(100)}
+    assert not pictures & {make(0, "vision", i)[0].images[0].tobytes() for i in range(100)}
+
+
+def test_hints_are_right_as_often_as_promised():
+    def right(split, n=1500):
+        return sum(make(0, split, i)[0].tags["hint_right"] for i in range(n)) / n
+    assert abs(right("train") - toy.HINT_RIGHT) < 0.05 and abs(right("general") - toy.HINT_RIGHT) < 0.05
+    # vision: the hint is another picture's answer, right only as often as two pictures agree
+    agree = sum(make(0, "vision", i)[0].answer == make(0, "vision", i + 4 * 1500)[0].answer for i in range(0, 6000, 4)) / 1500
+    assert right("vision") < 0.4 and agree < 0.4
+
+
+def test_blind_asks_the_vision_questions_about_black_pictures():
+    for i in range(8):
+        seen, blind = make(0, "vision", i)[0], make(0, "blind", i)[0]
+        assert seen.problem == blind.problem and seen.answer == blind.answer
+        assert not any(blind.images[0].tobytes()) and any(seen.images[0].tobytes())
+
+
+def test_every_word_is_in_the_vocabulary_and_one_cell_is_one_token(processors, prompts):
+    tok = processors[0]
+    for i in range(100):
+        example, response, _ = make(0, "train", i)
+        assert tok.unk_token_id not in tok(example.problem.replace("<image>", "") + " " + response)["input_ids"]
+        assert tok.decode(tok(response)["input_ids"]) == response
+    assert (prompts[0].ids == tok.convert_tokens_to_ids("<|image_pad|>")).sum() == GRID**2
+
+
+def test_the_warm_start_is_cached(folder):
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    from conftest import WARM
+    assert warm.build(WARM) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_code_loads_the_folder_as_it_is(folder):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert model.config.model_type == "qwen2_5_vl"
+
+
+def test_text_only_and_two_pictures_are_encoded(processors):
+    from data import Example
+    cells = ToyData("train", 2)
+    none = encode(Example("t", "how many red objects are there ?", "3"), *processors)
+    two = encode(Example("t", "<image> and <image> same ?", "3", [cells[0].images[0], cells[1].images[0]]), *processors)
+    assert none.pixel_values is None and none.grid is None
+    assert len(two.grid) == 2 and (two.ids == processors[0].convert_tokens_to_ids("<|image_pad|>")).sum() == 2 * GRID**2
+    assert torch.equal(two.pixel_values[:36], encode(cells[0], *processors).pixel_values)
+
+
+def test_toy_settings_are_the_toys_own():
+    assert resolve({"model": "toy"}, cuda=True)[0].group_size == 8
+    assert resolve({}, cuda=False)[0].model == "toy" and resolve({}, cuda=True)[0].model == "Qwen/Qwen2.5-VL-3B-Instruct"

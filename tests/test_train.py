@@ -1,0 +1,238 @@
+"""The real command, run as a user runs it: every algorithm, stop and resume, two processes, bad input."""
+import dataclasses
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config import Config
+from conftest import ROOT, SMALL, command
+
+NUMBERS = ["reward", "accuracy", "format", "loss", "policy_loss", "entropy", "clip_high_fraction", "clip_low_fraction",
+           "response_tokens", "cut_off", "grad_norm", "lr", "seconds", "tokens_per_second", "peak_memory_gb"]
+
+
+def train(out, *flags):
+    done = command("train.py", "--out", out, *SMALL, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder):
+    """An uninterrupted run of six steps, saved at every other one."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    return out, train(out, "--algo", "papo_g", "--steps", 6, "--save_every", 2, "--eval_every", 3)
+
+
+def test_what_a_run_leaves(finished):
+    out, stdout = finished
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curves.png", "samples.html", "evaluation.json", "checkpoint-4", "checkpoint-6"} <= names
+    assert not [n for n in names if n.startswith(".making")] and "checkpoint-2" not in names      # whole, and two are kept
+    lines = metrics(out)
+    assert [m["step"] for m in lines] == list(range(1, 7))
+    for m in lines:
+        for name in NUMBERS + ["perception_kl", "masked_entropy", "ref_kl"]:
+            assert isinstance(m[name], float) and m[name] == m[name], name
+        assert m["perception_kl"] > 0 and m["entropy"] > 0
+        assert {"rollout", "reward", "masked", "reference", "old", "update", "sync"} <= set(m["phases"])
+    assert "val_accuracy" in lines[2] and "val_accuracy" in lines[5]
+    assert lines[0]["lr"] == 2e-4                                                  # not 0 on the first step
+    assert "general" in stdout and "vision" in stdout and "blind" in stdout and str(out / "samples.html") in stdout
+    page = (out / "samples.html").read_text()
+    assert page.count("<img") == 2 * 4 * 2 and "nats" in page and "after step 6" in page and "boxed" in page
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_first_lines_say_which_model_and_why(finished):
+    assert re.match(r"model toy \(default where there is no CUDA device\), data toy, algorithm papo_g", finished[1])
+
+
+def test_logged_config_is_the_one_used(finished, tmp_path):
+    """The file holds the object that train.py worked with, and what the optimiser and the sampler hold comes from it."""
+    import train as module
+    logged = json.loads((finished[0] / "config.json").read_text())
+    cfg = Config(**logged["config"])
+    assert (cfg.algo, cfg.steps, cfg.prompts_per_step, cfg.save_every) == ("papo_g", 6, 4, 2) and "torch" in logged["versions"]
+    run = module.Run(dataclasses.replace(cfg, out=str(tmp_path), lr=3e-5, weight_decay=0.02))
+    assert run.optimiser.param_groups[0]["lr"] == 3e-5 and run.optimiser.param_groups[0]["weight_decay"] == 0.02
+    assert run.sampler.cfg is run.cfg and run.policy.temperature == cfg.temperature
+    assert metrics(finished[0])[-1]["lr"] == cfg.lr
+
+
+def test_checkpoints_load_elsewhere(finished):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    folder = finished[0] / "checkpoint-6"
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template and (folder / "preprocessor_config.json").exists()
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder).eos_token_id
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d"])
+def test_the_other_algorithms_run(algo, tmp_path):
+    train(tmp_path / "run", "--algo", algo, "--steps", 2)
+    last = metrics(tmp_path / "run")[-1]
+    assert ("perception_kl" in last) == algo.startswith("papo") and ("ref_kl" in last) == (algo == "grpo")
+    if algo != "grpo":
+        assert last["equal_groups"] == 0 and last["generated_prompts"] >= 4      # dynamic sampling kept informative groups only
+
+
+def same_weights(a, b):
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path):
+    """SIGKILL at random moments, the moment of saving included; --resume until it ends; the weights are those of no kill at all."""
+    out, kills, rng = tmp_path / "killed", 0, random.Random(0)
+    flags = [sys.executable, "train.py", "--out", str(out), *SMALL, "--algo", "papo_g", "--steps", "6", "--save_every", "2",
+             "--eval_every", "3"]
+    while True:
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        process = subprocess.Popen(flags + resume, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if kills < 3:
+            started = time.monotonic()
+            # the second kill waits for a checkpoint that is being written; the others come some time after the first step
+            watch = (lambda: list(out.glob(".making-*"))) if kills == 1 else (lambda: (out / "metrics.jsonl").exists() and metrics_started(out))
+            while process.poll() is None and not watch() and time.monotonic() - started < 120:
+                time.sleep(0.002)
+            time.sleep(rng.random() * (0.02 if kills == 1 else 2.0))
+            process.kill()
+            kills += 1
+        log = process.communicate()[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, log[-3000:]
+    assert kills == 3 and same_weights(out / "checkpoint-6", finished[0] / "checkpoint-6")
+    drop = ("seconds", "phases", "tokens_per_second", "peak_memory_gb")
+    whole, parts = ([{k: v for k, v in m.items() if k not in drop} for m in metrics(o)] for o in (finished[0], out))
+    assert whole == parts
+
+
+def metrics_started(out):
+    return (out / "metrics.jsonl").stat().st_size > 0
+
+
+def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
+    out = tmp_path / "run"
+    flags = [sys.executable, "train.py", "--out", str(out), *SMALL, "--steps", "200", "--save_every", "1000"]
+    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and metrics_started(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr[-2000:]
+    step = int(re.search(r"stopped after step (\d+)", stdout)[1])
+    assert (out / f"checkpoint-{step}").is_dir() and metrics(out)[-1]["step"] == step
+    train(out, "--resume", "--steps", step + 1, "--save_every", 1000)
+    assert [m["step"] for m in metrics(out)] == list(range(1, step + 2))
+
+
+def test_two_processes_are_one(tmp_path):
+    """FSDP2 over gloo: the same losses, rewards and gradient norms as one process."""
+    flags = ["--algo", "papo_g", "--steps", "2", *SMALL]
+    train(tmp_path / "one", "--algo", "papo_g", "--steps", 2)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+                           "--out", tmp_path / "two", *flags], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for name in ["reward", "accuracy", "loss", "policy_loss", "ref_kl", "perception_kl", "entropy", "masked_entropy", "grad_norm"]:
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
+        assert two[1][name] == pytest.approx(one[1][name], rel=2e-2, abs=1e-4), name
+    x, y = (load_file(tmp_path / n / "checkpoint-2" / "model.safetensors") for n in ("one", "two"))
+    assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
+
+
+def test_micro_batches_are_memory_only(tmp_path):
+    train(tmp_path / "small", "--steps", 1)
+    train(tmp_path / "large", "--steps", 1, "--prompts_per_forward", 2)
+    a, b = metrics(tmp_path / "small")[0], metrics(tmp_path / "large")[0]
+    for name in ("loss", "perception_kl", "ref_kl", "entropy", "grad_norm", "reward"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    """The real update, with an advantage that overflows."""
+    import train as module
+    from config import resolve
+    from warm import build
+    from conftest import WARM
+    cfg = resolve({"model": str(build(WARM)), "data": "toy", "out": str(tmp_path), "prompts_per_step": 2, "prompts_per_update": 2,
+                   "group_size": 2}, False)[0]
+    run = module.Run(cfg)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    monkeypatch.setattr(module, "group_advantages", lambda r: torch.full_like(r, float("inf")))
+    line = module.train_step(run, 0)
+    assert line["skipped_updates"] == 1 and all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+    monkeypatch.undo()
+    line = module.train_step(run, 1)
+    assert line["skipped_updates"] == 1 and not all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+
+
+BAD = {
+    "unknown flag": (["--gama", "1"], "unrecognized arguments: --gama"),
+    "unknown value": (["--algo", "ppo"], "invalid choice"),
+    "not a number": (["--steps", "many"], "invalid int value"),
+    "batch arithmetic": (["--prompts_per_step", "5"], "not a multiple"),
+    "group of one": (["--group_size", "1"], "at least 2"),
+    "mask ratio": (["--mask_ratio", "1.5"], "between 0 and 1"),
+    "no such model": (["--model", "/nowhere"], "neither a folder"),
+    "resume of nothing": (["--resume"], "no run in"),
+    "no such data": (["--data", "/nowhere.parquet"], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(case, tmp_path):
+    flags, words = BAD[case]
+    done = command("train.py", "--out", tmp_path / "run", *SMALL, *flags)
+    assert done.returncode != 0 and words in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_run_is_never_overwritten(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
+    for flags, words in [([], "holds another run"), (["--resume", "--gamma", "0.5", "--steps", "6"], "gamma (")]:
+        done = command("train.py", "--out", finished[0], *SMALL, "--save_every", "2", *flags)
+        assert done.returncode != 0 and words in done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
+
+
+def test_a_model_folder_without_processor_files(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    done = command("train.py", "--model", tmp_path / "model", "--data", "toy", "--out", tmp_path / "run", *SMALL)
+    assert done.returncode != 0 and "image processor files" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
+    import checkpoint
+    from types import SimpleNamespace
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    run = SimpleNamespace(cfg=SimpleNamespace(out=tmp_path, keep=2), rank=0, policy=torch.nn.Linear(100, 100))
+    with pytest.raises(SystemExit, match="no disk space left"):
+        checkpoint.save(run, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_knob_has_a_help_line():
+    text = command("train.py", "--help").stdout
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name}" in text and len(f.metadata["help"]) > 5

@@ -1,0 +1,299 @@
+"""Train a vision-language model with PAPO. The whole loop is in this file; every formula is a call into loss.py or papo.py.
+
+    torchrun train.py --algo papo_g                                    # a laptop: the toy model, in minutes
+    torchrun --nproc_per_node 2 train.py --algo papo_g --steps 3       # two processes, FSDP2
+    torchrun --nproc_per_node 8 train.py --algo papo_g --model Qwen/Qwen2.5-VL-7B-Instruct
+
+One step:  roll out G responses a prompt  ->  rule reward  ->  group advantages  ->  log-probs: old, masked picture, reference
+           ->  one or several optimiser updates on the objective of papo.py  ->  weights back to the sampler
+
+Rollouts are small and pictures are not: processes exchange all rollouts of a step (token ids, log-probs, scores), and each reads
+again the pictures of the prompts it will train on. So advantages, dynamic sampling and the denominator are plain local
+arithmetic on the whole batch, and nothing depends on the number of processes.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import report
+from config import check, fail, parser, resolve
+from data import Stream, generator, load
+from eval import evaluate_splits, splits_of, table
+from loss import masked_sum
+from masking import black_row, choose_patches, mask_patches
+from model import DTYPES, Packed, Policy, banned_tokens, load_processors, load_vlm, pack, resolve_folder, shard
+from papo import group_advantages, informative, objective
+from reward import Grader, compute_score
+from rollout import Rollout, TransformersSampler
+
+
+@dataclass
+class Group:
+    """G responses to one prompt with their scores; reward and advantage are two things."""
+    position: int                     # place in the stream of training prompts: names the prompt in every random draw
+    rollout: Rollout
+    scores: list                      # G dicts: overall, format, accuracy
+    advantages: torch.Tensor | None = None     # (G,)
+
+    def values(self, name):
+        return torch.tensor([s[name] for s in self.scores])
+
+
+@dataclass
+class Micro:
+    """One forward pass worth of groups: B of them, and what is known about their tokens before the update."""
+    picture: Packed
+    masked: Packed                    # the same rows on I_mask; only pixel_values differ
+    advantages: torch.Tensor          # (B, G)
+    sees: torch.Tensor                # (B,) bool: has a picture
+    sampled: torch.Tensor             # (B, G, R) log-probs that the sampler reported
+    old: torch.Tensor | None = None         # (B, G, R) log-probs that stay as they are during a step; None: equal to the
+    blind: torch.Tensor | None = None       #           current ones (old), or not needed (blind, ref)
+    ref: torch.Tensor | None = None
+
+
+class Run:
+    """All that stays the same between steps: the models, the data and where this process stands among the others."""
+
+    def __init__(self, cfg):
+        self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        sharded = cuda or self.world > 1                       # one CPU process needs neither shards nor mixed precision
+        if sharded and not dist.is_initialized():
+            method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
+            dist.init_process_group("nccl" if cuda else "gloo", init_method=method, rank=self.rank, world_size=self.world)
+        folder = resolve_folder(cfg.model, cfg.warm_steps) if self.rank == 0 else None       # rank 0 makes or fetches it,
+        self.barrier()                                                                       # the others wait
+        self.folder = folder or resolve_folder(cfg.model, cfg.warm_steps)
+        self.tok, self.image_processor = load_processors(self.folder, cfg)
+        vlm = load_vlm(self.folder).to(self.device)
+        self.banned = banned_tokens(vlm, self.tok).to(self.device)
+        self.policy = Policy(vlm, self.banned, cfg.temperature)
+        self.reference = None
+        if cfg.beta > 0:
+            self.reference = Policy(load_vlm(self.folder).to(self.device), self.banned, cfg.temperature).requires_grad_(False)
+        if sharded:
+            for policy in filter(None, [self.policy, self.reference]):
+                shard(policy, DTYPES[cfg.dtype])
+            vlm = load_vlm(self.folder, DTYPES[cfg.dtype]).to(self.device)       # the sampler's own whole copy
+        self.sampler = TransformersSampler(vlm, self.tok, self.banned, cfg)
+        self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        self.stream = Stream(load(cfg.data, "train", 1_000_000, cfg.seed), cfg, self.tok, self.image_processor)
+        self.black, self.grader = black_row(self.image_processor), Grader()
+        self.cursor = self.updates = self.skipped = 0          # prompts consumed, optimiser updates made, updates refused
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, items):
+        """Lists of every process, joined in order of rank."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [x for part in parts for x in part]
+
+    def score(self, text, answer):
+        return compute_score(text, answer, self.grader, self.cfg.reward)
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def collect(run, step):
+    """Roll out and score one step's groups -> (groups of the whole batch in order, prompts generated)."""
+    cfg, groups, start = run.cfg, [], run.cursor
+    for _ in range(cfg.max_rounds):
+        mine = range(run.cursor, run.cursor + cfg.prompts_per_step)[run.rank::run.world]
+        run.cursor += cfg.prompts_per_step
+        with run.phase("rollout"):
+            prompts = [run.stream[p] for p in mine]
+            rollouts = run.sampler.generate(prompts, cfg.group_size, [(cfg.seed, "sample", step, p) for p in mine])
+        with run.phase("reward"):
+            fresh = [Group(p, r, [run.score(t, prompt.example.answer) for t in r.texts])
+                     for p, prompt, r in zip(mine, prompts, rollouts)]
+        fresh = sorted(run.gather(fresh), key=lambda g: g.position)
+        if not cfg.dynamic_sampling:
+            return fresh, len(fresh)
+        groups += [g for g in fresh if informative(g.values("accuracy"))]        # Eq. (3): 0 < #correct < G
+        if len(groups) >= cfg.prompts_per_step:
+            return groups[:cfg.prompts_per_step], run.cursor - start
+    fail(f"step {step + 1}: after {cfg.max_rounds} rounds of {cfg.prompts_per_step} prompts only {len(groups)} groups had both right "
+         f"and wrong responses; the data is too easy or too hard for this model, or raise --max_rounds")
+
+
+def micro_batches(run, groups, step):
+    """This process's share of one update's groups -> [Micro]"""
+    cfg, share = run.cfg, len(groups) // run.world
+    mine, batches = groups[run.rank * share:(run.rank + 1) * share], []
+    for i in range(0, share, cfg.prompts_per_forward):
+        part = mine[i:i + cfg.prompts_per_forward]
+        prompts = [run.stream[g.position] for g in part]
+        packed = pack(run.policy.vlm, prompts, [g.rollout.tokens for g in part])
+        masked = packed
+        if packed.pixel_values is not None:                    # I_mask: one draw a prompt, shared by its G responses
+            unit = run.image_processor.merge_size**2 if cfg.mask_unit == "token" else 1
+            hidden = torch.cat([choose_patches(len(p.pixel_values), cfg.mask_ratio, generator(cfg.seed, "mask", step, g.position), unit)
+                                for p, g in zip(prompts, part) if p.grid is not None])
+            masked = replace(packed, pixel_values=mask_patches(packed.pixel_values, hidden, run.black))
+        sampled = torch.cat([x for g in part for x in g.rollout.logprobs])
+        sampled = torch.zeros(packed.mask.shape).masked_scatter(packed.mask, sampled)
+        batches.append(Micro(packed.to(run.device), masked.to(run.device), torch.stack([g.advantages for g in part]).to(run.device),
+                             torch.tensor([p.grid is not None for p in prompts], device=run.device), sampled.to(run.device)))
+    return batches
+
+
+@torch.no_grad()
+def score_fixed(run, updates):
+    """Log-probs that stay as they are while a step's updates change the weights: old, masked branch, reference."""
+    for u, batches in enumerate(updates):
+        for micro in batches:
+            if u > 0:                                          # before the first update pi_old is pi_theta itself
+                with run.phase("old"):
+                    micro.old = run.policy(micro.picture)
+            if run.cfg.gamma or run.cfg.eta2:
+                with run.phase("masked"):
+                    micro.blind = run.policy(micro.masked)
+            if run.reference is not None:
+                with run.phase("reference"):
+                    micro.ref = run.reference(micro.picture)
+
+
+def update(run, batches, total_tokens):
+    """One optimiser update over this process's micro-batches -> (sums over all processes, gradient norm, learning rate)."""
+    cfg, totals = run.cfg, {}
+    for micro in batches:
+        logp, mask = run.policy(micro.picture), micro.picture.mask               # (B, G, R), the only pass with a gradient
+        old = logp.detach() if micro.old is None else micro.old
+        loss, sums = objective(logp, old, micro.blind, micro.ref, micro.advantages, mask, micro.sees, total_tokens, cfg)
+        (loss * run.world).backward()                                            # FSDP averages over processes; J sums
+        sums["sampler_gap"] = masked_sum((old - micro.sampled).abs(), mask)      # old is scored with the sampler's weights
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value.double()
+    names = sorted(totals)
+    stacked = torch.stack([totals[n] for n in names])
+    if run.world > 1:
+        dist.all_reduce(stacked)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    lr = cfg.lr * min(1.0, (run.updates + 1) / max(1, cfg.warmup_updates))       # never 0, not even at first
+    if math.isfinite(norm):
+        for group in run.optimiser.param_groups:
+            group["lr"] = lr
+        run.optimiser.step()
+    else:
+        run.skipped += 1
+        tqdm.write(f"warning: gradient norm is {norm}; update {run.updates + 1} is skipped ({run.skipped} so far)")
+    run.optimiser.zero_grad()
+    run.updates += 1
+    return dict(zip(names, stacked.tolist())), norm, lr
+
+
+def train_step(run, step):
+    """One step of the loop at the top of this file -> its line of metrics."""
+    cfg, began, totals, norms = run.cfg, time.perf_counter(), {}, []
+    run.seconds = {}
+    groups, generated = collect(run, step)
+    for group in groups:
+        group.advantages = group_advantages(group.values("overall"))             # (G,)
+    slices = [groups[i:i + cfg.prompts_per_update] for i in range(0, len(groups), cfg.prompts_per_update)]
+    with run.phase("pack"):
+        updates = [micro_batches(run, s, step) for s in slices]
+    score_fixed(run, updates)
+    with run.phase("update"):
+        for s, batches in zip(slices, updates):
+            total_tokens = sum(len(t) for g in s for t in g.rollout.tokens)      # N: the whole update, all processes
+            sums, norm, lr = update(run, batches, total_tokens)
+            totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
+            norms.append(norm)
+    with run.phase("sync"):
+        run.sampler.sync(run.policy)
+    tokens, seen = sum(len(t) for g in groups for t in g.rollout.tokens), totals.pop("seen")
+    means = {k: v / (max(seen, 1) if k in ("perception_kl", "masked_entropy") else tokens) for k, v in totals.items()}
+    scores = {k: torch.stack([g.values(k) for g in groups]) for k in ("overall", "accuracy", "format")}     # (prompts, G) each
+    whole, responses = time.perf_counter() - began, scores["overall"].numel()
+    return {"step": step + 1, "reward": scores["overall"].mean().item(), "accuracy": scores["accuracy"].mean().item(),
+            "format": scores["format"].mean().item(), **means,
+            "equal_groups": (scores["overall"].std(-1) == 0).float().mean().item(), "response_tokens": tokens / responses,
+            "cut_off": 1 - sum(f for g in groups for f in g.rollout.finished) / responses,
+            "grad_norm": sum(norms) / len(norms), "lr": lr, "skipped_updates": run.skipped,
+            "generated_prompts": generated, "grading_timeouts": sum(run.gather([run.grader.timeouts])),
+            "seconds": whole, "phases": {k: round(v, 4) for k, v in run.seconds.items()},
+            "tokens_per_second": tokens / whole, "peak_memory_gb": report.peak_memory_gb()}
+
+
+def main():
+    """Parse, prepare, train, and show what came out."""
+    cfg, reason = resolve(vars(parser().parse_args()), torch.cuda.is_available())
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    first = int(os.environ.get("RANK", 0)) == 0
+    say = tqdm.write if first else (lambda *_: None)
+    say(f"model {cfg.model} ({reason}), data {cfg.data}, algorithm {cfg.algo}, output {cfg.out}")
+    out = Path(cfg.out)
+    newest = checkpoint.open_folder(out, cfg)
+    run = Run(cfg)                                             # every process has looked at the folder when this returns
+    if first:
+        report.write_config(out, cfg)
+    start = checkpoint.restore(run, newest) if newest else 0
+    if first:
+        report.cut_metrics(out, start)
+    run.sampler.sync(run.policy)
+    before = out / "evaluation.json"
+    if not before.exists():
+        say("accuracy before training:")
+        summaries = {"before": evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")}
+        say("\n".join(table(summaries["before"])))
+        if first:
+            report.write_atomically(before, json.dumps(summaries, indent=1))
+    stop = []
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}   # torchrun sends both
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.algo, unit="step", disable=not first)
+    for step in bar:
+        metrics = train_step(run, step)
+        last, asked_to_stop = step + 1 == cfg.steps, any(run.gather([bool(stop)]))
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            metrics["val_accuracy"] = evaluate_splits(run, ["val"], 2, "val")["val"]["accuracy"]
+            report.samples(run, out, step + 1)
+        if first:
+            report.log(out, metrics)
+            report.curves(out) if "val_accuracy" in metrics else None
+        say(report.console_line(metrics, cfg.steps))
+        if last or asked_to_stop or (step + 1) % cfg.save_every == 0:
+            checkpoint.save(run, step + 1)
+        if asked_to_stop and not last:
+            say(f"stopped after step {step + 1}; continue with the same flags and --resume")
+            sys.exit(130)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    summaries = json.loads(before.read_text())
+    summaries["after"] = evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")
+    run.grader.close()
+    if first:
+        report.write_atomically(before, json.dumps(summaries, indent=1))
+        report.curves(out)
+        say("\n".join(report.before_after(summaries)))
+        say("written: " + ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
