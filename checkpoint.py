@@ -9,6 +9,7 @@ random generator is saved, since every draw of a run is made by a generator name
 import errno
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -59,7 +60,9 @@ def save(run, step):
                 raise OSError(errno.ENOSPC, "no space left")
         run.barrier()
         save_hf(run.policy, making, run.folder, run.rank)
-        dcp.save(_state(run), checkpoint_id=making / "trainer", no_dist=run.world == 1)
+        with warnings.catch_warnings():                        # one process saving alone is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            dcp.save(_state(run), checkpoint_id=making / "trainer", no_dist=run.world == 1)
         if run.rank == 0:
             counters = {"step": step, "cursor": run.cursor, "updates": run.updates, "skipped": run.skipped}
             (making / "trainer" / "state.json").write_text(json.dumps(counters))
@@ -77,7 +80,9 @@ def save(run, step):
 def restore(run, folder):
     """Load weights, optimiser state and counters of a checkpoint -> the step to go on with."""
     state = _state(run)
-    dcp.load(state, checkpoint_id=folder / "trainer", no_dist=run.world == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(state, checkpoint_id=folder / "trainer", no_dist=run.world == 1)
     set_state_dict(run.policy, run.optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
     counters = json.loads((folder / "trainer" / "state.json").read_text())
     run.cursor, run.updates, run.skipped = counters["cursor"], counters["updates"], counters["skipped"]

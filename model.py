@@ -105,6 +105,8 @@ def load_processors(folder, cfg):
 def load_vlm(folder, dtype=torch.float32):
     """The vision-language model in a Hugging Face folder."""
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     try:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     except (OSError, ValueError) as error:

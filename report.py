@@ -113,9 +113,11 @@ def curves(out):
 # ----------------------------------------------------------------------------------------------------------- samples.html
 
 STYLE = """<!doctype html><meta charset="utf-8"><title>PAPO samples</title><style>
-body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 1100px } img { image-rendering: pixelated; height: 140px; margin-right: 8px }
-.p { display: flex; gap: 20px; border-top: 1px solid #ccc; padding: 12px 0 } code { font-size: 14px; white-space: pre-wrap }
-.r { color: #555; font-size: 13px } span { border-radius: 3px; padding: 1px 2px }</style>
+body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 1200px }
+img { image-rendering: pixelated; height: 140px; max-width: 400px; margin-right: 8px }
+.p { display: flex; gap: 20px; border-top: 1px solid #ccc; padding: 12px 0 } .p > div:first-child { flex: none }
+code { font-size: 14px; white-space: pre-wrap } .r { color: #555; font-size: 13px } span { border-radius: 3px; padding: 1px 2px }
+</style>
 <h1>Which words depend on the picture?</h1>
 <p>Left: the picture, and the masked picture of the perception loss. Each token is shaded by its KL_prcp, the k3 estimate of how far the
 policy on the picture is from the policy on the masked picture (white: 0 nats, full orange: 3 nats or more). Hover to read it.</p>

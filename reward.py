@@ -10,6 +10,7 @@ which is killed when it takes too long; that counts as wrong, and is counted.
 import json
 import re
 import select
+import signal
 import subprocess
 import sys
 
@@ -82,9 +83,11 @@ def compute_score(response, truth, grader, kind="official"):
 def _work():
     """The worker: one JSON pair a line in, one verdict a line out."""
     from mathruler.grader import grade_answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C is for the run, which ends its worker itself
     grade_answer("a + \\frac{1}{2}", "b")                                         # sympy imports half of itself on first use
     print("ready", flush=True)
     for line in sys.stdin:
+        signal.alarm(60)                                       # ends a worker whose run was killed while it was busy
         try:
             verdict = bool(grade_answer(*json.loads(line)))
         except Exception:                                                        # what cannot be parsed is not equal

@@ -103,3 +103,14 @@ def test_text_only_and_two_pictures_are_encoded(processors):
 def test_toy_settings_are_the_toys_own():
     assert resolve({"model": "toy"}, cuda=True)[0].group_size == 8
     assert resolve({}, cuda=False)[0].model == "toy" and resolve({}, cuda=True)[0].model == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_the_readmes_table_is_the_committed_runs():
+    """Every row that bench/toy_table.py makes of results/ stands in the README, word for word."""
+    import subprocess
+    import sys
+    from conftest import ROOT
+    table = subprocess.run([sys.executable, "bench/toy_table.py", "results"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    readme = (ROOT / "README.md").read_text()
+    rows = table.strip().splitlines()
+    assert len(rows) == 2 + 2 * 3 and all(row in readme for row in rows)
