@@ -68,6 +68,8 @@ def save(run, step):
             (making / "trainer" / "state.json").write_text(json.dumps(counters))
             making.rename(final)
             for old in whole(out)[:-run.cfg.keep] if run.cfg.keep else []:
+                old.rename(out / f".removing-{old.name}")      # a kill in the middle leaves nothing that looks whole
+            for old in out.glob(".removing-*"):
                 shutil.rmtree(old)
     except OSError as error:
         if error.errno != errno.ENOSPC:

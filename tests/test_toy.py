@@ -114,3 +114,9 @@ def test_the_readmes_table_is_the_committed_runs():
     readme = (ROOT / "README.md").read_text()
     rows = table.strip().splitlines()
     assert len(rows) == 2 + 2 * 3 and all(row in readme for row in rows)
+
+
+def test_the_policy_is_as_small_as_the_readme_says(policy):
+    from conftest import ROOT
+    size = sum(p.numel() for p in policy.parameters())
+    assert f"{size / 1e6:.2f} M parameters" in (ROOT / "README.md").read_text()
