@@ -92,6 +92,7 @@ def _work():
             verdict = bool(grade_answer(*json.loads(line)))
         except Exception:                                                        # what cannot be parsed is not equal
             verdict = False
+        signal.alarm(0)                                        # waiting for the next answer is not on this clock
         print(verdict, flush=True)
 
 
