@@ -1,7 +1,8 @@
 """Every knob, once: the typed configuration, its presets, and the command line.
 
 A run's settings are laid over each other, the later one winning:
-    the fields' defaults (what the paper shares between its runs)  <  the algorithm  <  the model  <  model and algorithm  <  flags
+    the fields' defaults (what the paper shares between its runs)  <  the algorithm  <  the objective  <  the model
+    <  model and algorithm  <  --no_ref_kl  <  flags
 The object that comes out is the one that is used, logged and compared on resume.
 """
 import argparse
@@ -11,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from papo import ALGORITHMS
+from papo import ALGORITHMS, NO_REF_KL, OBJECTIVES, OBJECTIVES_AND_ALGORITHMS
 
 
 def fail(message):
@@ -39,19 +40,40 @@ class Config:
     prompts_per_update: int = knob(128, "prompts per optimiser update, over all processes")
     prompts_per_forward: int = knob(4, "prompts per forward pass on one process; memory only, never the result")
     # objective; see papo.py
+    objective: str = knob("official", "official: what the released code optimises; paper: what the paper prints (papo.py lists both)",
+                          list(OBJECTIVES))
+    no_ref_kl: bool = knob(False, "the paper's settings without the reference KL (its Table 8); no reference model is loaded")
     clip_low: float = knob(0.2, "eps_l of Eq. (1)")
     clip_high: float = knob(0.3, "eps_h of Eq. (1)")
-    dual_clip: float = knob(3.0, "cap on the policy loss of a token with negative advantage, in units of |A|")
+    dual_clip: float = knob(3.0, "cap on the policy loss of a token with negative advantage, in units of |A|; 0: none")
     beta: float = knob(0.01, "weight of KL(pi || pi_ref), Eq. (1); 0 loads no reference model")
     gamma: float = knob(0.0, "weight of KL(pi || pi_mask), the implicit perception loss, Eq. (2)")
     eta1: float = knob(0.0, "weight of H[pi], Eq. (2)")
-    eta2: float = knob(0.0, "weight of H[pi_mask], Eq. (2); a constant while the masked branch has no gradient")
-    mask_ratio: float = knob(0.6, "p, the share of picture patches that are blackened")
-    mask_unit: str = knob("patch", "what is blackened as one piece: a 14-pixel patch, or a 28-pixel token of the language model",
-                          ["patch", "token"])
+    eta2: float = knob(0.0, "weight of H[pi_mask], Eq. (2); a constant unless --masked_grad")
+    perception: str = knob("k3", "KL(pi || pi_mask) as k3 on sampled tokens, as printed in the paper, or exact over the vocabulary",
+                           ["k3", "printed", "exact"])
+    kl_clamp: float = knob(10.0, "cap on a token's KL in nats, reference and perception; 0: none")
+    entropy: str = knob("sampled", "H as -log pi of the sampled token, or exact over the vocabulary; both branches", ["sampled", "exact"])
+    masked_grad: bool = knob(False, "gradient through the masked branch too")
+    recompute_masked: bool = knob(False, "masked branch under the current weights at each update, not once a rollout; "
+                                         "--masked_grad and --perception exact imply it")
+    loss_mean: str = knob("token", "1/N over tokens, or over a response's tokens and then over responses", ["token", "sequence"])
     reward: str = knob("official", "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1", ["official", "paper"])
-    dynamic_sampling: bool = knob(False, "keep only groups that are neither all right nor all wrong, and refill (DAPO)")
+    # the masked picture; see masking.py
+    mask: str = knob("random", "what the masked picture is", ["random", "raw", "semantic", "noise", "contrast"])
+    mask_ratio: float = knob(0.6, "p, the share of the picture that is blackened")
+    mask_unit: str = knob("patch", "what is blackened as one piece: a patch (14 pixels), or a token of the language model (28)",
+                          ["patch", "token"])
+    noise_std: float = knob(0.6, "of --mask noise; 1 is the distance from black to white")
+    semantic_model: str = knob("facebook/dinov2-base", "the DINOv2 of --mask semantic, a folder or hub name")
+    # which groups and responses count
+    dynamic_sampling: bool = knob(False, "keep only groups with accuracy between the bounds, and refill (DAPO)")
+    filter_low: float = knob(0.01, "a group's mean accuracy must be above this")
+    filter_high: float = knob(0.99, "and below this")
+    prompts_per_round: int = knob(128, "prompts per round of dynamic sampling")
     max_rounds: int = knob(20, "rounds of dynamic sampling before giving up")
+    overlong_buffer: int = knob(0, "the reward falls by up to 1 over the last so many tokens before max_response_tokens; 0: off")
+    mask_cut_off: bool = knob(False, "responses cut off at max_response_tokens are left out of the loss")
     # optimiser
     lr: float = knob(1e-6, "learning rate")
     warmup_updates: int = knob(0, "updates over which the learning rate rises to lr; the first is never 0")
@@ -79,7 +101,7 @@ class Config:
 MODELS = {
     "toy": dict(steps=100, prompts_per_step=32, group_size=8, prompts_per_update=16, prompts_per_forward=16, lr=2e-4,
                 top_p=1.0, max_prompt_tokens=256, max_response_tokens=48, min_pixels=28 * 28, max_pixels=64 * 28 * 28,
-                dtype="float32", mask_unit="token", eval_every=20, eval_questions=256, save_every=25, weight_decay=0.0),
+                dtype="float32", mask_unit="token", prompts_per_round=16, max_rounds=40, eval_every=20, eval_questions=256, save_every=25, weight_decay=0.0),
     "qwen2.5-vl-3b": {}, "qwen2.5-vl-7b": {}, "qwen3-vl-2b": {},
 }
 MODELS_AND_ALGORITHMS = {
@@ -104,7 +126,14 @@ def resolve(flags, cuda):
         reason = "default where there is a CUDA device" if cuda else "default where there is no CUDA device"
     data = flags.get("data") or ("toy" if model == "toy" else "PAPOGalaxy/PAPO_ViRL39K_train")
     algo, fam = flags.get("algo", "papo_g"), family(model, data)
-    layers = {**ALGORITHMS[algo], **MODELS[fam], **MODELS_AND_ALGORITHMS.get((fam, algo), {}), **flags}
+    aim = flags.get("objective", "official")
+    layers = {**ALGORITHMS[algo], **OBJECTIVES[aim], **OBJECTIVES_AND_ALGORITHMS.get((aim, algo), {}), **MODELS[fam],
+              **MODELS_AND_ALGORITHMS.get((fam, algo), {})}
+    if flags.get("no_ref_kl"):
+        layers |= {"beta": 0.0, **NO_REF_KL.get(algo, {})}
+    layers |= flags
+    if layers.get("masked_grad") or layers.get("perception") == "exact":
+        layers.setdefault("recompute_masked", True)
     layers |= {"model": model, "data": data, "algo": algo, "out": flags.get("out") or f"out/{fam}-{algo}"}
     return Config(**layers), reason
 
@@ -112,7 +141,7 @@ def resolve(flags, cuda):
 def check(cfg, world_size):
     """End with a sentence on settings that cannot work."""
     positive = "steps prompts_per_step prompts_per_update prompts_per_forward max_response_tokens max_prompt_tokens eval_n " \
-               "eval_questions max_rounds save_every temperature lr max_grad_norm".split()
+               "eval_questions max_rounds prompts_per_round save_every temperature lr max_grad_norm".split()
     for name in positive:
         if not getattr(cfg, name) > 0:
             fail(f"--{name} {getattr(cfg, name)}: must be greater than 0")
@@ -124,9 +153,20 @@ def check(cfg, world_size):
     if cfg.prompts_per_update % world_size:
         fail(f"--prompts_per_update {cfg.prompts_per_update} cannot be shared equally by {world_size} processes; "
              f"use a multiple of {world_size}")
-    for name, low, high in [("mask_ratio", 0, 1), ("top_p", 1e-9, 1), ("clip_low", 0, 1)]:
+    for name, low, high in [("mask_ratio", 0, 1), ("top_p", 1e-9, 1), ("clip_low", 0, 1), ("filter_low", 0, 1), ("filter_high", 0, 1),
+                            ("overlong_buffer", 0, cfg.max_response_tokens)]:
         if not low <= getattr(cfg, name) <= high:
             fail(f"--{name} {getattr(cfg, name)}: must lie between {low:g} and {high}")
+    for name in ("gamma", "beta", "eta1", "eta2", "clip_high", "dual_clip", "kl_clamp", "noise_std"):
+        if not getattr(cfg, name) >= 0:
+            fail(f"--{name} {getattr(cfg, name)}: must not be negative")
+    if cfg.no_ref_kl and cfg.beta:
+        fail(f"--no_ref_kl and --beta {cfg.beta} contradict each other; give one of them")
+    if 0 < cfg.dual_clip <= 1:
+        fail(f"--dual_clip {cfg.dual_clip}: must be greater than 1, or 0 for none")
+    if not cfg.recompute_masked and (cfg.masked_grad or cfg.perception == "exact"):
+        fail("--no-recompute_masked: a masked branch with a gradient, or its whole distribution, cannot be kept from the rollout; "
+             "leave the flag out")
 
 
 def parser():

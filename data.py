@@ -12,8 +12,9 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import fail
 
@@ -29,6 +30,7 @@ class Example:
     problem: str                             # with one <image> per picture
     answer: str
     images: list = field(default_factory=list)
+    contrast: list = field(default_factory=list)      # second pictures, one for each: what --mask contrast shows instead
     tags: dict = field(default_factory=dict)  # whatever the data set knows besides, for tables
 
 
@@ -49,13 +51,25 @@ def generator(*name):
 
 
 def rgb(picture):
-    """Any picture as RGB; bytes and {"bytes": ...} (as parquet files hold them), paths and PIL pictures are taken."""
+    """Any picture as RGB: bytes and {"bytes": ...} (as parquet files hold them), paths and PIL pictures of every mode.
+
+    Turned upright if its camera said so. What is transparent becomes white, as on the page it was drawn for (dropping the alpha
+    channel makes a black drawing on nothing black on black), and 16-bit grey is scaled to 8 (PIL would cut it off at 255).
+    """
     if isinstance(picture, dict):
         picture = picture.get("bytes") or picture["path"]
     if isinstance(picture, bytes):
         picture = io.BytesIO(picture)
     if not isinstance(picture, Image.Image):
         picture = Image.open(picture)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):                                             # I;16, or I, in which 8 bits may hide
+        grey = np.asarray(picture).astype(np.float64)                            # (H, W)
+        scale = 257 if picture.mode != "I" or grey.max() > 255 else 1
+        picture = Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 
@@ -82,7 +96,7 @@ def encode(example, tok, image_processor):
 
 
 class HubData:
-    """A data set with `problem`, `answer` and `images` columns, read row by row; pictures are decoded when asked for."""
+    """A data set with `problem`, `answer`, `images` and perhaps `contrast` columns, read row by row; pictures are decoded when asked for."""
 
     def __init__(self, name, split):
         from datasets import load_dataset
@@ -101,7 +115,8 @@ class HubData:
 
     def __getitem__(self, index):
         row = self.rows[index]
-        return Example(f"{self.name}-{index}", row["problem"] + INSTRUCTION, str(row["answer"]), list(row["images"] or []))
+        return Example(f"{self.name}-{index}", row["problem"] + INSTRUCTION, str(row["answer"]), list(row["images"] or []),
+                       list(row.get("contrast") or []))
 
 
 def load(name, split, size, seed):

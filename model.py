@@ -8,12 +8,13 @@ those of [prompt | response g] alone (tests/test_model.py), for one encoding of 
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from config import fail
-from loss import token_logprobs
+from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 
 VISUAL_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,6 +71,15 @@ def pack(vlm, prompts, groups, scored=None):
                   torch.cat([p.grid for p in pictures]) if pictures else None, predictor, targets, mask)
 
 
+class Scores(NamedTuple):
+    """What the policy says of the sampled tokens: (B, G, R) float32 each, 0 where the mask is false; None: not asked for."""
+    logp: torch.Tensor                           # log pi(o_t | q, I, o_<t)
+    entropy: torch.Tensor | None = None          # H[pi] over the whole vocabulary
+    masked: torch.Tensor | None = None           # log pi(o_t | q, I_mask, o_<t)
+    masked_entropy: torch.Tensor | None = None
+    kl: tuple | None = None                      # KL(pi || pi_mask) over the whole vocabulary, and where it was clamped
+
+
 class Policy(nn.Module):
     """pi_theta: a vision-language model that scores packed responses under the sampler's temperature and ban."""
 
@@ -78,15 +88,35 @@ class Policy(nn.Module):
         self.vlm, self.temperature = vlm, temperature
         self.register_buffer("banned", banned, persistent=False)                # (V,) bool
 
-    def forward(self, x):
-        """Packed -> log pi(o_t | q, I, o_<t), (B, G, R) float32, 0 where mask is false."""
+    def forward(self, x, masked=None, masked_grad=False, exact=False, kl_clamp=0.0):
+        """Packed -> Scores. masked: the same rows on I_mask, scored too, with a gradient if masked_grad; exact: the
+        whole-vocabulary terms as well. Both pictures in one call, since the exact KL needs both distributions at once."""
+        logp, entropy, dist = self.score(x, exact)
+        if masked is None:
+            return Scores(logp, entropy)
+        with torch.set_grad_enabled(masked_grad and torch.is_grad_enabled()):
+            blind, blind_entropy, blind_dist = self.score(masked, exact)
+        kl = tuple(self.unpack(v, x.mask) for v in exact_kl(dist, blind_dist, kl_clamp)) if exact else None
+        return Scores(logp, entropy, blind, blind_entropy, kl)
+
+    def score(self, x, exact):
+        """-> log-probs (B, G, R), exact entropies (B, G, R), log-distributions (tokens, V); the last two None unless exact."""
         hidden = self.vlm.model(input_ids=x.input_ids, position_ids=x.position_ids, pixel_values=x.pixel_values,
                                 image_grid_thw=x.grid, attention_mask={"full_attention": x.allowed},
                                 use_cache=False).last_hidden_state                              # (B, S, width)
         row = torch.arange(len(hidden), device=hidden.device)[:, None, None].expand_as(x.mask)  # (B, G, R)
         picked = hidden[row[x.mask], x.predictor[x.mask]]                                       # (tokens, width)
-        logp = token_logprobs(self.vlm.lm_head(picked), x.targets[x.mask], self.temperature, self.banned)
-        return torch.zeros(x.mask.shape, device=logp.device).masked_scatter(x.mask, logp)
+        logits = policy_logits(self.vlm.lm_head(picked), self.temperature, self.banned)         # (tokens, V)
+        logp = self.unpack(token_logprobs(logits, x.targets[x.mask]), x.mask)
+        if not exact:
+            return logp, None, None
+        dist = logits.log_softmax(-1)
+        return logp, self.unpack(exact_entropy(dist), x.mask), dist
+
+    @staticmethod
+    def unpack(values, mask):
+        """One value a token, (tokens,), to its place: (B, G, R), 0 where mask is false."""
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def load_processors(folder, cfg):

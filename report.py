@@ -4,9 +4,11 @@ import dataclasses
 import html
 import io
 import json
+import math
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,14 +17,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import encode, generator, load
+from data import encode, load
 from loss import k3
-from masking import choose_patches, mask_patches, picture
+from masking import picture
 from model import pack
+from papo import PERCEPTION
 
 PANELS = [("reward and accuracy", ["reward", "accuracy", "val_accuracy"]), ("KL to the masked picture (nats a token)", ["perception_kl"]),
           ("entropy (nats a token)", ["entropy", "masked_entropy"]), ("KL to the reference", ["ref_kl"]),
-          ("clipped tokens", ["clip_high_fraction", "clip_low_fraction"]), ("gradient norm", ["grad_norm"]),
+          ("clipped tokens", ["clip_high_fraction", "clip_low_fraction", "perception_clamped"]), ("gradient norm", ["grad_norm"]),
           ("response length (tokens)", ["response_tokens"]), ("seconds a step", ["seconds"])]
 
 
@@ -70,6 +73,51 @@ def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def step_line(run, step, groups, fate, totals, optimiser, seconds):
+    """One step's line of metrics: true means over the whole batch, all updates and all processes.
+
+    totals: sums over tokens by name, of papo.objective; fate: what became of the prompts that were rolled out."""
+    tokens, seen = sum(n for g in groups for n in g.lengths), totals.pop("seen")
+    means = {k: v / max(1, seen if k in PERCEPTION else tokens) for k, v in totals.items()}
+    scores = {k: torch.stack([g.values(k) for g in groups]) for k in groups[0].scores[0]}                       # (prompts, G) each
+    rewards = torch.stack([g.rewards for g in groups])
+    lengths = [len(t) for g in groups for t in g.rollout.tokens]
+    return {"step": step, "reward": rewards.mean().item(), **{k: scores[k].mean().item() for k in ("accuracy", "format", "overlong_penalty")},
+            **means, "equal_groups": (rewards.std(-1) == 0).float().mean().item(), "response_tokens": sum(lengths) / len(lengths),
+            "cut_off": 1 - sum(f for g in groups for f in g.rollout.finished) / len(lengths), **optimiser,
+            "skipped_updates": run.skipped, **{f"{k}_prompts": n for k, n in fate.items()},
+            "grading_timeouts": sum(run.gather([run.grader.timeouts])), "seconds": seconds,
+            "phases": {k: round(v, 4) for k, v in run.seconds.items()}, "tokens_per_second": sum(lengths) / seconds,
+            "peak_memory_gb": peak_memory_gb()}
+
+
+# Figure 11 of the paper: how a run looks when the perception loss is being hacked. KL_prcp and the clip fraction leave first, both
+# entropies last. (metric, factor over its running median that is too much, a value below which it is only noise)
+SIGNS_OF_COLLAPSE = [("perception_kl", 5.0, 0.05), ("clip_high_fraction", 3.0, 0.002), ("masked_entropy", 2.0, 0.1), ("entropy", 2.0, 0.1)]
+
+
+def collapse_warnings(metrics, recent=3, before=50, least=10):
+    """Lines of metrics so far -> warnings about the newest step, [] while all is well.
+
+    A signal is compared as the mean of its last `recent` steps with the median of up to `before` steps ahead of those. A warning
+    is given when it leaves, and not again while it stays away: nothing is remembered, so it is the same after a resume.
+    """
+    def away(name, factor, floor, end):
+        values = [m[name] for m in metrics[:end] if name in m]
+        past, now = values[-before - recent:-recent], sum(values[-recent:]) / recent
+        usual = statistics.median(past) if len(past) >= least else math.inf
+        return now > max(factor * usual, floor), now, usual
+
+    lines = []
+    for name, factor, floor in SIGNS_OF_COLLAPSE:
+        (is_away, now, usual), (was_away, _, _) = (away(name, factor, floor, end) for end in (len(metrics), len(metrics) - 1))
+        if is_away and not was_away:
+            lines.append(f"warning: {name} is {now:.4g}, {now / usual if usual else math.inf:.1f} times its running median {usual:.4g}: the perception "
+                         f"loss may be collapsing the policy; look at samples.html, then go on from an earlier checkpoint with half the "
+                         f"--gamma, or with --eta1 and --eta2 at 0.03 to 0.05")
+    return lines
 
 
 def console_line(m, steps):
@@ -138,15 +186,12 @@ def samples(run, out, step, questions=4, n=4):
     rollouts = run.sampler.generate(prompts, n, [(run.cfg.seed, "samples", e.id) for e in examples])
     blocks = [f"<h2>after step {step}</h2>"]
     for prompt, rollout in zip(prompts, rollouts):
-        unit = run.image_processor.merge_size**2 if run.cfg.mask_unit == "token" else 1
         packed, pictures, kl = pack(run.policy.vlm, [prompt], [rollout.tokens]), "", None
         if prompt.grid is not None:
-            hidden = choose_patches(len(prompt.pixel_values), run.cfg.mask_ratio,
-                                    generator(run.cfg.seed, "samples mask", prompt.example.id), unit)
-            masked = mask_patches(prompt.pixel_values, hidden, run.black)
+            masked = run.mask(prompt, "samples mask", prompt.example.id)
             with torch.no_grad():
-                kl = k3(run.policy(packed.to(run.device)),
-                        run.policy(dataclasses.replace(packed, pixel_values=masked).to(run.device)))[0].cpu()    # (G, R)
+                scores = run.policy(packed.to(run.device), dataclasses.replace(packed, pixel_values=masked).to(run.device))
+            kl = k3(scores.logp, scores.masked)[0][0].cpu()                                                     # (G, R)
             first = int(prompt.grid[0].prod())
             pictures = "".join(_png(picture(x[:first], prompt.grid[0], run.image_processor)) for x in (prompt.pixel_values, masked))
         lines = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from data import generator
+from loss import policy_logits
 from model import full_parameters, prompt_positions
 
 
@@ -25,8 +26,7 @@ class Rollout:
 
 def sampling_logprobs(logits, banned, temperature, top_p):
     """Log-probabilities of the distribution that is sampled: temperature, ban, then nucleus. (rows, V) -> (rows, V)"""
-    logits = (logits.float() / temperature).masked_fill(banned, float("-inf"))
-    logp = logits.log_softmax(-1)
+    logp = policy_logits(logits, temperature, banned).log_softmax(-1)
     if top_p < 1:
         p, order = logp.exp().sort(-1, descending=True)
         outside = (p.cumsum(-1) - p >= top_p).gather(-1, order.argsort(-1))      # what is left once top_p is covered

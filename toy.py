@@ -147,7 +147,7 @@ def make(seed, split, index):
     if split == "blind":
         picture = Image.new("RGB", picture.size)
     example = Example(id=f"{split}-{index}", problem=f"<image> a friend says {hint} . {question}", answer=answer,
-                      images=[picture], tags={"family": family, "hint_right": hint == answer})
+                      images=[picture], contrast=[draw(others[0], rng)], tags={"family": family, "hint_right": hint == answer})
     return example, f"<think> {thought} </think> \\boxed{{ {answer} }}", board
 
 

@@ -31,23 +31,11 @@ from config import check, fail, parser, resolve
 from data import Stream, generator, load
 from eval import evaluate_splits, splits_of, table
 from loss import masked_sum
-from masking import black_row, choose_patches, mask_patches
-from model import DTYPES, Packed, Policy, banned_tokens, load_processors, load_vlm, pack, resolve_folder, shard
-from papo import group_advantages, informative, objective
+from masking import Masker
+from model import DTYPES, Packed, Policy, Scores, banned_tokens, load_processors, load_vlm, pack, resolve_folder, shard
+from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
 from reward import Grader, compute_score
-from rollout import Rollout, TransformersSampler
-
-
-@dataclass
-class Group:
-    """G responses to one prompt with their scores; reward and advantage are two things."""
-    position: int                     # place in the stream of training prompts: names the prompt in every random draw
-    rollout: Rollout
-    scores: list                      # G dicts: overall, format, accuracy
-    advantages: torch.Tensor | None = None     # (G,)
-
-    def values(self, name):
-        return torch.tensor([s[name] for s in self.scores])
+from rollout import TransformersSampler
 
 
 @dataclass
@@ -59,8 +47,8 @@ class Micro:
     sees: torch.Tensor                # (B,) bool: has a picture
     sampled: torch.Tensor             # (B, G, R) log-probs that the sampler reported
     old: torch.Tensor | None = None         # (B, G, R) log-probs that stay as they are during a step; None: equal to the
-    blind: torch.Tensor | None = None       #           current ones (old), or not needed (blind, ref)
-    ref: torch.Tensor | None = None
+    ref: torch.Tensor | None = None         #           current ones (old), or not needed (ref, blind)
+    blind: Scores | None = None             # the masked branch where it is kept for the whole step
 
 
 class Run:
@@ -93,7 +81,7 @@ class Run:
         self.sampler = TransformersSampler(vlm, self.tok, self.banned, cfg)
         self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.stream = Stream(load(cfg.data, "train", 1_000_000, cfg.seed), cfg, self.tok, self.image_processor)
-        self.black, self.grader = black_row(self.image_processor), Grader()
+        self.masker, self.grader = Masker(cfg, self.image_processor, self.device), Grader()
         self.cursor = self.updates = self.skipped = 0          # prompts consumed, optimiser updates made, updates refused
 
     def barrier(self):
@@ -111,6 +99,13 @@ class Run:
     def score(self, text, answer):
         return compute_score(text, answer, self.grader, self.cfg.reward)
 
+    def mask(self, prompt, *name):
+        """The masked pictures of a prompt, under a random name."""
+        try:
+            return self.masker(prompt, generator(self.cfg.seed, *name))
+        except ValueError as error:
+            fail(str(error))
+
     @contextlib.contextmanager
     def phase(self, name):
         start = time.perf_counter()
@@ -118,26 +113,31 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def roll_out(run, step, positions):
+    """Sample and score the prompts at these positions of the stream, shared between the processes -> [Group] of all of them."""
+    cfg, mine = run.cfg, positions[run.rank::run.world]
+    with run.phase("rollout"):
+        prompts = [run.stream[p] for p in mine]
+        rollouts = run.sampler.generate(prompts, cfg.group_size, [(cfg.seed, "sample", step, p) for p in mine])
+    with run.phase("reward"):
+        groups = []
+        for p, prompt, r in zip(mine, prompts, rollouts):
+            late = overlong_penalty(torch.tensor([len(t) for t in r.tokens]), cfg.max_response_tokens, cfg.overlong_buffer)
+            scores = [run.score(text, prompt.example.answer) | {"overlong_penalty": x} for text, x in zip(r.texts, late.tolist())]
+            groups.append(Group(p, r, scores, [finished or not cfg.mask_cut_off for finished in r.finished]))
+    return sorted(run.gather(groups), key=lambda g: g.position)
+
+
 def collect(run, step):
-    """Roll out and score one step's groups -> (groups of the whole batch in order, prompts generated)."""
-    cfg, groups, start = run.cfg, [], run.cursor
-    for _ in range(cfg.max_rounds):
-        mine = range(run.cursor, run.cursor + cfg.prompts_per_step)[run.rank::run.world]
-        run.cursor += cfg.prompts_per_step
-        with run.phase("rollout"):
-            prompts = [run.stream[p] for p in mine]
-            rollouts = run.sampler.generate(prompts, cfg.group_size, [(cfg.seed, "sample", step, p) for p in mine])
-        with run.phase("reward"):
-            fresh = [Group(p, r, [run.score(t, prompt.example.answer) for t in r.texts])
-                     for p, prompt, r in zip(mine, prompts, rollouts)]
-        fresh = sorted(run.gather(fresh), key=lambda g: g.position)
-        if not cfg.dynamic_sampling:
-            return fresh, len(fresh)
-        groups += [g for g in fresh if informative(g.values("accuracy"))]        # Eq. (3): 0 < #correct < G
-        if len(groups) >= cfg.prompts_per_step:
-            return groups[:cfg.prompts_per_step], run.cursor - start
-    fail(f"step {step + 1}: after {cfg.max_rounds} rounds of {cfg.prompts_per_step} prompts only {len(groups)} groups had both right "
-         f"and wrong responses; the data is too easy or too hard for this model, or raise --max_rounds")
+    """One step's groups -> (groups of the whole batch in order, {what became of the prompts that were rolled out: how many})."""
+    def draw(n):
+        run.cursor += n
+        return roll_out(run, step, range(run.cursor - n, run.cursor))
+
+    try:
+        return fill_batch(draw, run.cfg)
+    except ValueError as error:
+        fail(f"step {step + 1}: {error}")
 
 
 def micro_batches(run, groups, step):
@@ -147,43 +147,55 @@ def micro_batches(run, groups, step):
     for i in range(0, share, cfg.prompts_per_forward):
         part = mine[i:i + cfg.prompts_per_forward]
         prompts = [run.stream[g.position] for g in part]
-        packed = pack(run.policy.vlm, prompts, [g.rollout.tokens for g in part])
-        masked = packed
-        if packed.pixel_values is not None:                    # I_mask: one draw a prompt, shared by its G responses
-            unit = run.image_processor.merge_size**2 if cfg.mask_unit == "token" else 1
-            hidden = torch.cat([choose_patches(len(p.pixel_values), cfg.mask_ratio, generator(cfg.seed, "mask", step, g.position), unit)
-                                for p, g in zip(prompts, part) if p.grid is not None])
-            masked = replace(packed, pixel_values=mask_patches(packed.pixel_values, hidden, run.black))
-        sampled = torch.cat([x for g in part for x in g.rollout.logprobs])
-        sampled = torch.zeros(packed.mask.shape).masked_scatter(packed.mask, sampled)
+        scored = [[torch.full((len(t),), counts) for t, counts in zip(g.rollout.tokens, g.counts)] for g in part]
+        packed = pack(run.policy.vlm, prompts, [g.rollout.tokens for g in part], scored)
+        masked, sees = packed, [p.grid is not None for p in prompts]
+        if any(sees) and (cfg.gamma or cfg.eta2):              # I_mask: one draw a prompt, shared by its G responses
+            hidden = [run.mask(p, "mask", step, g.position) for p, g in zip(prompts, part)]
+            masked = replace(packed, pixel_values=torch.cat([x for x in hidden if x is not None]))
+        sampled = torch.zeros(packed.mask.shape)
+        for b, g in enumerate(part):
+            for row, logprobs in zip(sampled[b], g.rollout.logprobs):
+                row[:len(logprobs)] = logprobs
         batches.append(Micro(packed.to(run.device), masked.to(run.device), torch.stack([g.advantages for g in part]).to(run.device),
-                             torch.tensor([p.grid is not None for p in prompts], device=run.device), sampled.to(run.device)))
+                             torch.tensor(sees, device=run.device), sampled.to(run.device)))
     return batches
 
 
 @torch.no_grad()
 def score_fixed(run, updates):
-    """Log-probs that stay as they are while a step's updates change the weights: old, masked branch, reference."""
+    """What stays as it is while a step's updates change the weights: old, reference, and the masked branch unless recomputed."""
+    cfg = run.cfg
     for u, batches in enumerate(updates):
         for micro in batches:
             if u > 0:                                          # before the first update pi_old is pi_theta itself
                 with run.phase("old"):
-                    micro.old = run.policy(micro.picture)
-            if run.cfg.gamma or run.cfg.eta2:
+                    micro.old = run.policy(micro.picture).logp
+            if (cfg.gamma or cfg.eta2) and not cfg.recompute_masked:
                 with run.phase("masked"):
-                    micro.blind = run.policy(micro.masked)
+                    micro.blind = run.policy(micro.masked, exact=cfg.entropy == "exact")
             if run.reference is not None:
                 with run.phase("reference"):
-                    micro.ref = run.reference(micro.picture)
+                    micro.ref = run.reference(micro.picture).logp
 
 
-def update(run, batches, total_tokens):
+def score_current(run, micro):
+    """The pass with a gradient -> Scores of the picture, and of the masked picture: this update's or the one that was kept."""
+    cfg, fresh = run.cfg, (run.cfg.gamma or run.cfg.eta2) and run.cfg.recompute_masked
+    scores = run.policy(micro.picture, micro.masked if fresh else None, cfg.masked_grad,
+                        "exact" in (cfg.entropy, cfg.perception), cfg.kl_clamp)
+    if micro.blind is not None:
+        scores = scores._replace(masked=micro.blind.logp, masked_entropy=micro.blind.entropy)
+    return scores
+
+
+def update(run, batches, total_tokens, total_responses):
     """One optimiser update over this process's micro-batches -> (sums over all processes, gradient norm, learning rate)."""
     cfg, totals = run.cfg, {}
     for micro in batches:
-        logp, mask = run.policy(micro.picture), micro.picture.mask               # (B, G, R), the only pass with a gradient
-        old = logp.detach() if micro.old is None else micro.old
-        loss, sums = objective(logp, old, micro.blind, micro.ref, micro.advantages, mask, micro.sees, total_tokens, cfg)
+        scores, mask = score_current(run, micro), micro.picture.mask
+        old = scores.logp.detach() if micro.old is None else micro.old
+        loss, sums = objective(scores, old, micro.ref, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
         (loss * run.world).backward()                                            # FSDP averages over processes; J sums
         sums["sampler_gap"] = masked_sum((old - micro.sampled).abs(), mask)      # old is scored with the sampler's weights
         for name, value in sums.items():
@@ -211,33 +223,23 @@ def train_step(run, step):
     """One step of the loop at the top of this file -> its line of metrics."""
     cfg, began, totals, norms = run.cfg, time.perf_counter(), {}, []
     run.seconds = {}
-    groups, generated = collect(run, step)
+    groups, fate = collect(run, step)
     for group in groups:
-        group.advantages = group_advantages(group.values("overall"))             # (G,)
+        group.advantages = group_advantages(group.rewards)                       # (G,)
     slices = [groups[i:i + cfg.prompts_per_update] for i in range(0, len(groups), cfg.prompts_per_update)]
     with run.phase("pack"):
         updates = [micro_batches(run, s, step) for s in slices]
     score_fixed(run, updates)
     with run.phase("update"):
         for s, batches in zip(slices, updates):
-            total_tokens = sum(len(t) for g in s for t in g.rollout.tokens)      # N: the whole update, all processes
-            sums, norm, lr = update(run, batches, total_tokens)
+            lengths = [n for g in s for n in g.lengths]                          # of the whole update, all processes
+            sums, norm, lr = update(run, batches, max(1, sum(lengths)), max(1, len(lengths)))
             totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
             norms.append(norm)
     with run.phase("sync"):
         run.sampler.sync(run.policy)
-    tokens, seen = sum(len(t) for g in groups for t in g.rollout.tokens), totals.pop("seen")
-    means = {k: v / (max(seen, 1) if k in ("perception_kl", "masked_entropy") else tokens) for k, v in totals.items()}
-    scores = {k: torch.stack([g.values(k) for g in groups]) for k in ("overall", "accuracy", "format")}     # (prompts, G) each
-    whole, responses = time.perf_counter() - began, scores["overall"].numel()
-    return {"step": step + 1, "reward": scores["overall"].mean().item(), "accuracy": scores["accuracy"].mean().item(),
-            "format": scores["format"].mean().item(), **means,
-            "equal_groups": (scores["overall"].std(-1) == 0).float().mean().item(), "response_tokens": tokens / responses,
-            "cut_off": 1 - sum(f for g in groups for f in g.rollout.finished) / responses,
-            "grad_norm": sum(norms) / len(norms), "lr": lr, "skipped_updates": run.skipped,
-            "generated_prompts": generated, "grading_timeouts": sum(run.gather([run.grader.timeouts])),
-            "seconds": whole, "phases": {k: round(v, 4) for k, v in run.seconds.items()},
-            "tokens_per_second": tokens / whole, "peak_memory_gb": report.peak_memory_gb()}
+    seconds = time.perf_counter() - began
+    return report.step_line(run, step + 1, groups, fate, totals, {"grad_norm": sum(norms) / len(norms), "lr": lr}, seconds)
 
 
 def main():
@@ -272,10 +274,12 @@ def main():
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
             metrics["val_accuracy"] = evaluate_splits(run, ["val"], 2, "val")["val"]["accuracy"]
             report.samples(run, out, step + 1)
+        say(report.console_line(metrics, cfg.steps))
         if first:
             report.log(out, metrics)
             report.curves(out) if "val_accuracy" in metrics else None
-        say(report.console_line(metrics, cfg.steps))
+            for line in report.collapse_warnings(report.read_metrics(out)):
+                say(line)
         if last or asked_to_stop or (step + 1) % cfg.save_every == 0:
             checkpoint.save(run, step + 1)
         if asked_to_stop and not last:

@@ -119,7 +119,7 @@ def warm_start(vlm, tok, image_processor, steps, pictures=16, lr=2e-3):
             groups.append([torch.tensor(q + a) for q, a in zip(asked, answered)])
             scored.append([torch.arange(len(q + a)) >= len(q) for q, a in zip(asked, answered)])
         packed = pack(vlm, prompts, groups, scored)
-        loss = -policy(packed).sum() / packed.mask.sum()
+        loss = -policy(packed).logp.sum() / packed.mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()

@@ -1,50 +1,71 @@
-"""The terms of the objective, each against its definition."""
+"""The terms, one by one: by hand, by gradcheck, and at their clamps."""
+import pytest
 import torch
 
-from loss import clipped_surrogate, k3, masked_sum, sampled_entropy, token_logprobs
+from loss import (clipped_surrogate, exact_entropy, exact_kl, k3, masked_sum, policy_logits, sampled_entropy,
+                  token_logprobs)
 
 
-def softmax_pair(vocabulary=6, seed=0):
-    """Logits of a policy and of its blind twin, small enough that every expectation is a sum."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, vocabulary, generator=g, dtype=torch.float64) * 0.7).unbind()          # no clamp of k3 is reached
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_mean_of_k3_is_the_kl_divergence():
-    """Sum_o pi(o) k3(o) = KL(pi || pi_mask): the estimator is unbiased."""
-    logits, blind = softmax_pair()
-    logp, masked = logits.log_softmax(-1), blind.log_softmax(-1)
-    kl = (logp.exp() * (logp - masked)).sum()
-    assert torch.allclose((logp.exp() * k3(logp, masked)).sum(), kl, atol=1e-12)
+def check(f, *inputs):
+    """Analytic against numeric gradients, for every input at once."""
+    assert torch.autograd.gradcheck(f, [x.clone().requires_grad_() for x in inputs])
 
 
-def test_expected_gradient_of_k3_raises_the_forward_kl():
-    """With the masked branch detached, E_pi[grad k3] = grad KL(pi_mask || pi): it pushes away from what the blind policy says."""
-    logits, blind = softmax_pair()
-    masked = blind.log_softmax(-1)
-    x = logits.clone().requires_grad_()
-    logp = x.log_softmax(-1)
-    # A sampled token's gradient, averaged over the policy: the weight pi(o) is how often it is sampled, not part of the loss.
-    (sampled,) = torch.autograd.grad((logp.detach().exp() * k3(logp, masked)).sum(), x)
-    y = logits.clone().requires_grad_()
-    (exact,) = torch.autograd.grad((masked.exp() * (masked - y.log_softmax(-1))).sum(), y)
-    assert torch.allclose(sampled, exact, atol=1e-12)
+BANNED = torch.tensor([False, True, False, False, False, True])
+TERMS = {
+    "token log-probs": lambda x, y: token_logprobs(policy_logits(x, 0.7, BANNED), torch.tensor([0, 2, 3, 4])),
+    "clipped surrogate": lambda x, y: clipped_surrogate(x, y, numbers(4, 6, seed=2), 0.2, 0.3, 3.0)[0],
+    "k3": lambda x, y: k3(x, y, 10.0)[0],
+    "k3 without clamp": lambda x, y: k3(x, y, 0)[0],
+    "printed": lambda x, y: k3(y, x, 10.0)[0],
+    "sampled entropy": lambda x, y: sampled_entropy(x),
+    "exact entropy": lambda x, y: exact_entropy(policy_logits(x, 0.7, BANNED).log_softmax(-1)),
+    "exact KL": lambda x, y: exact_kl(*(policy_logits(z, 0.7, BANNED).log_softmax(-1) for z in (x, y)))[0],
+}
 
 
-def test_k3_clamps_as_released():
-    logp = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
-    value = k3(logp, torch.tensor([5.0, -30.0, 1.0]))
+@pytest.mark.parametrize("term", TERMS)
+def test_gradcheck(term):
+    check(TERMS[term], numbers(4, 6), numbers(4, 6, seed=1))
+
+
+def test_k3_by_hand_and_at_its_clamps():
+    """d = 1: e - 2. e^5 - 6 is cut to 10; 20 + e^-20 - 1 = 19 too, and without a clamp stays. Beyond a clamp there is no gradient."""
+    logp, other = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 5.0, -20.0, -30.0], dtype=torch.float64)
+    logp.requires_grad_()
+    value, clamped = k3(logp, other, 10.0)
     value.sum().backward()
-    assert value[:2].tolist() == [10.0, 10.0]                       # e^5 - 6 and 20 + e^-20 - 1 are both cut to 10
-    assert logp.grad[:2].tolist() == [0.0, 0.0] and logp.grad[2] != 0
+    assert value.tolist() == pytest.approx([torch.e - 2, 10, 10, 10]) and clamped.tolist() == [False, True, True, True]
+    assert logp.grad.tolist() == pytest.approx([1 - torch.e, 0, 0, 0])
+    logp.grad = None
+    value, clamped = k3(logp, other, 0)
+    value.sum().backward()
+    assert value[2:].tolist() == pytest.approx([19, 19]) and clamped.tolist() == [False, False, False, True]
+    assert logp.grad[1] == pytest.approx(1 - torch.e**5) and logp.grad[3] == 0
 
 
-def test_sampled_entropy_has_no_expected_gradient_on_policy():
-    logits, _ = softmax_pair()
-    x = logits.clone().requires_grad_()
-    logp = x.log_softmax(-1)
-    (logp.detach().exp() * sampled_entropy(logp)).sum().backward()
-    assert x.grad.abs().max() < 1e-12
+def test_exact_kl_and_entropy_by_hand():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    kl, clamped = exact_kl(p.log(), q.log())
+    assert kl.item() == pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item()) and not clamped
+    assert exact_entropy(p.log()).item() == pytest.approx(1.5 * torch.log(torch.tensor(2.0)).item())
+    value, clamped = exact_kl(p.log(), q.log(), clamp=0.1)
+    assert value.item() == pytest.approx(0.1) and clamped
+
+
+def test_banned_tokens_add_nothing_and_no_nan():
+    x, y = numbers(4, 6).requires_grad_(), numbers(4, 6, seed=1).requires_grad_()
+    dist, blind = (policy_logits(z, 1.0, BANNED).log_softmax(-1) for z in (x, y))
+    few, few_blind = (z[:, ~BANNED].log_softmax(-1) for z in (x, y))
+    kl, entropy = exact_kl(dist, blind)[0], exact_entropy(dist)
+    assert torch.allclose(kl, exact_kl(few, few_blind)[0]) and torch.allclose(entropy, exact_entropy(few))
+    (kl + entropy).sum().backward()
+    for grad in (x.grad, y.grad):
+        assert torch.isfinite(grad).all() and not grad[:, BANNED].any() and grad[:, ~BANNED].any()
 
 
 def test_surrogate_by_hand():
@@ -55,6 +76,7 @@ def test_surrogate_by_hand():
     assert torch.allclose(loss, torch.tensor([-1.3, 2.0, -0.5, 0.8, 3.0]))
     assert high.tolist() == [True, False, False, False, False]
     assert low.tolist() == [False, False, False, True, False]
+    assert clipped_surrogate(logp, torch.zeros(5), advantage, 0.2, 0.3, 0)[0][-1] == pytest.approx(8.0)       # no dual clip
 
 
 def test_surrogate_on_policy_is_the_policy_gradient():
@@ -70,10 +92,15 @@ def test_logprobs_follow_temperature_and_ban():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     banned = torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
     targets = torch.tensor([0, 2, 3, 4, 5])
-    got = token_logprobs(logits, targets, temperature=0.7, banned=banned)
+    got = token_logprobs(policy_logits(logits, 0.7, banned), targets)
     allowed = [0, 2, 3, 4, 5]
     want = (logits[:, allowed] / 0.7).log_softmax(-1)[range(5), [allowed.index(t) for t in targets]]
     assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    assert policy_logits(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+    assert policy_logits(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_padding_is_ignored_even_when_it_is_infinite():

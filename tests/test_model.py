@@ -1,9 +1,12 @@
 """The packed forward gives what one row per response gives, for one prompt each."""
+from dataclasses import replace
+
 import torch
 
 from conftest import random_responses
-from data import Example, encode
-from loss import token_logprobs
+from data import Example, encode, generator
+from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
+from masking import black_row, choose_patches, mask_patches
 from model import pack
 
 
@@ -13,7 +16,7 @@ def one_by_one(policy, prompt, tokens):
     types = (ids == policy.vlm.config.image_token_id).int()
     logits = policy.vlm(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid, mm_token_type_ids=types,
                         attention_mask=torch.ones_like(ids)).logits[0]
-    return token_logprobs(logits[len(prompt.ids) - 1:-1], tokens, policy.temperature, policy.banned)
+    return token_logprobs(policy_logits(logits[len(prompt.ids) - 1:-1], policy.temperature, policy.banned), tokens)
 
 
 def ragged_prompts(prompts, processors):
@@ -27,7 +30,7 @@ def test_packed_is_one_by_one_in_value_and_gradient(policy, prompts, processors)
     mixed = ragged_prompts(prompts, processors)
     groups = random_responses(mixed, processors[0])
     packed = pack(policy.vlm, mixed, groups)
-    logp = policy(packed)
+    logp = policy(packed).logp
     weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1)) * packed.mask
     (logp * weights).sum().backward()
     shared = {n: p.grad.clone() for n, p in policy.named_parameters()}
@@ -45,9 +48,9 @@ def test_packed_is_one_by_one_in_value_and_gradient(policy, prompts, processors)
 def test_company_does_not_matter(policy, prompts, processors):
     """A group's log-probs do not depend on the other rows of its batch."""
     groups = random_responses(prompts[:3], processors[0])
-    together = policy(pack(policy.vlm, prompts[:3], groups))
+    together = policy(pack(policy.vlm, prompts[:3], groups)).logp
     for b in range(3):
-        alone = policy(pack(policy.vlm, [prompts[b]], [groups[b]]))
+        alone = policy(pack(policy.vlm, [prompts[b]], [groups[b]])).logp
         assert torch.allclose(together[b, :, :alone.shape[2]], alone[0], atol=1e-5)
 
 
@@ -56,19 +59,85 @@ def test_eos_is_scored_even_if_it_is_the_padding_token(policy, prompts, processo
     eos = processors[0].eos_token_id
     packed = pack(policy.vlm, prompts[:1], [[torch.tensor([30, eos]), torch.tensor([0, 0, 0, eos])]])
     assert packed.mask.tolist() == [[[True, True, False, False], [True] * 4]]
-    policy(packed).sum().backward()
+    policy(packed).logp.sum().backward()
     assert packed.targets[0, 0, 1] == eos and packed.targets[0, 1].tolist() == [0, 0, 0, eos]
 
 
 def test_the_picture_matters_to_the_score(policy, prompts, processors):
     groups = random_responses(prompts[:1], processors[0])
     packed = pack(policy.vlm, prompts[:1], groups)
-    seen = policy(packed)
+    seen = policy(packed).logp
     packed.pixel_values = torch.zeros_like(packed.pixel_values)
-    assert (seen - policy(packed)).abs().max() > 1e-3
+    assert (seen - policy(packed).logp).abs().max() > 1e-3
 
 
 def test_banned_tokens_are_the_visual_ones(policy, processors):
     tok = processors[0]
     assert sorted(tok.convert_ids_to_tokens(policy.banned.nonzero()[:, 0])) == sorted(
         ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+
+
+# --------------------------------------------------------------------------------------- both branches, sampled and exact
+
+def two_branches(policy, prompts, processors, ratio=0.6):
+    """A packed batch with a picture in every prompt, and the same on masked pictures."""
+    mixed = [prompts[0], prompts[1]]
+    packed = pack(policy.vlm, mixed, random_responses(mixed, processors[0]))
+    hidden = choose_patches(len(packed.pixel_values), ratio, generator("two branches"), 4)
+    return packed, replace(packed, pixel_values=mask_patches(packed.pixel_values, hidden, black_row(processors[1])))
+
+
+def distributions(policy, packed):
+    """The plain way to the same positions: the logits of the whole row, and then the rows wanted. -> {(b, g, t): (V,)}"""
+    logits = policy.vlm.lm_head(policy.vlm.model(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, pixel_values=packed.pixel_values, image_grid_thw=packed.grid,
+        attention_mask={"full_attention": packed.allowed}, use_cache=False).last_hidden_state)
+    return {(b, g, t): policy_logits(logits[b, packed.predictor[b, g, t]], policy.temperature, policy.banned).log_softmax(-1)
+            for b, g, t in packed.mask.nonzero().tolist()}
+
+
+def test_scores_of_both_branches_are_what_they_say(policy, prompts, processors):
+    packed, masked = two_branches(policy, prompts, processors)
+    with torch.no_grad():
+        scores, real, blind = policy(packed, masked, exact=True), distributions(policy, packed), distributions(policy, masked)
+    for at, dist in real.items():
+        o = packed.targets[at]
+        assert torch.allclose(scores.logp[at], dist[o], atol=1e-5) and torch.allclose(scores.masked[at], blind[at][o], atol=1e-5)
+        assert torch.allclose(scores.entropy[at], exact_entropy(dist), atol=1e-5)
+        assert torch.allclose(scores.masked_entropy[at], exact_entropy(blind[at]), atol=1e-5)
+        assert torch.allclose(scores.kl[0][at], exact_kl(dist, blind[at])[0], atol=1e-5)
+    assert not any(x[~packed.mask].any() for x in (scores.logp, scores.entropy, scores.masked, scores.kl[0]))
+    assert policy(packed).masked is None and policy(packed, masked).kl is None
+    assert torch.equal(policy(packed, masked).logp, policy(packed).logp)
+
+
+def gradients(policy, value):
+    policy.zero_grad()
+    value.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in policy.named_parameters()}
+
+
+def test_gradients_reach_the_branch_they_are_meant_for(policy, prompts, processors):
+    """Down to the weights: each exact term against the same term written out, the other branch held fixed where it should be."""
+    packed, masked = two_branches(policy, prompts, processors)
+    at = list(packed.mask.nonzero().tolist())
+    total = {
+        "entropy": lambda s: s.entropy.sum(), "masked_entropy": lambda s: s.masked_entropy.sum(),
+        "masked": lambda s: s.masked.sum(), "kl": lambda s: s.kl[0].sum()}
+    plain = {
+        "entropy": lambda real, blind: exact_entropy(real).sum(), "masked_entropy": lambda real, blind: exact_entropy(blind).sum(),
+        "masked": lambda real, blind: blind[range(len(at)), [int(packed.targets[tuple(i)]) for i in at]].sum(),
+        "kl": lambda real, blind: exact_kl(real, blind)[0].sum()}
+    for masked_grad in (False, True):
+        for name in total:
+            value = total[name](policy(packed, masked, masked_grad, exact=True))
+            if name.startswith("masked") and not masked_grad:
+                assert not value.requires_grad                        # nothing to differentiate: a constant
+                continue
+            got = gradients(policy, value)
+            real, blind = (torch.stack([d[tuple(i)] for i in at]) for d in (distributions(policy, packed), distributions(policy, masked)))
+            want = gradients(policy, plain[name](real, blind if masked_grad else blind.detach()))
+            scale = max(w.abs().max() for w in want.values())
+            assert scale > 1e-3
+            for n in want:
+                assert torch.allclose(got[n], want[n], atol=2e-5 * scale), (name, masked_grad, n)

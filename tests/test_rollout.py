@@ -19,7 +19,7 @@ def test_logprobs_agree_with_the_trainer(policy, processors, cfg, prompts):
     rollouts = roll(policy, processors, cfg, prompts, temperature=0.8)
     packed = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
     with torch.no_grad():
-        logp = policy(packed)
+        logp = policy(packed).logp
     for b, r in enumerate(rollouts):
         for g, sampled in enumerate(r.logprobs):
             assert torch.allclose(logp[b, g, :len(sampled)], sampled, atol=1e-4)

@@ -1,0 +1,90 @@
+"""The presets against the paper's table, and how settings are laid over each other."""
+import dataclasses
+
+import pytest
+
+from config import Config, check, resolve
+
+QWEN = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "qwen3": "Qwen/Qwen3-VL-2B-Thinking"}
+
+# Table 6 and section 4.1 of the paper, and the released scripts: (model, algorithm, --no_ref_kl) -> gamma, eta1, eta2, beta
+TABLE = {
+    ("3b", "grpo", False): (0, 0, 0, 0.01),
+    ("7b", "grpo", False): (0, 0, 0, 0.01),
+    ("qwen3", "grpo", False): (0, 0, 0, 0.01),
+    ("3b", "papo_g", False): (0.02, 0, 0, 0.01),
+    ("7b", "papo_g", False): (0.02, 0.05, 0.05, 0.01),
+    ("qwen3", "papo_g", False): (0.01, 0, 0, 0.01),
+    ("3b", "grpo", True): (0, 0, 0, 0),
+    ("7b", "grpo", True): (0, 0, 0, 0),
+    ("qwen3", "grpo", True): (0, 0, 0, 0),
+    ("3b", "papo_g", True): (0.01, 0.03, 0.03, 0),
+    ("7b", "papo_g", True): (0.01, 0.03, 0.03, 0),
+    ("qwen3", "papo_g", True): (0.01, 0.03, 0.03, 0),              # not in the paper; its rule for runs without the reference KL
+    **{(m, "dapo", no_ref): (0, 0, 0, 0) for m in QWEN for no_ref in (False, True)},
+    **{(m, "papo_d", no_ref): (0.01, 0.03, 0.03, 0) for m in QWEN for no_ref in (False, True)},
+}
+
+
+def preset(model, algo, no_ref_kl=False, **flags):
+    return resolve({"model": QWEN[model], "algo": algo, "no_ref_kl": no_ref_kl, **flags}, True)[0]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda r: "-".join(map(str, r)))
+def test_coefficients_are_the_papers(row):
+    cfg = preset(*row)
+    assert (cfg.gamma, cfg.eta1, cfg.eta2, cfg.beta) == TABLE[row]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda r: "-".join(map(str, r)))
+def test_what_the_papers_runs_share(row):
+    cfg = preset(*row)
+    check(cfg, 4)
+    assert (cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_update, cfg.steps) == (384, 5, 128, 202)
+    assert (cfg.lr, cfg.weight_decay, cfg.warmup_updates, cfg.max_grad_norm) == (1e-6, 0.01, 0, 1.0)
+    assert (cfg.max_prompt_tokens, cfg.max_response_tokens) == (4096, 2048)
+    assert (cfg.min_pixels, cfg.max_pixels) == (200_704, 1_003_520)
+    assert (cfg.temperature, cfg.top_p, cfg.mask, cfg.mask_ratio, cfg.mask_unit) == (1.0, 0.99, "random", 0.6, "patch")
+    assert (cfg.clip_low, cfg.clip_high) == (0.2, 0.28 if row[1] in ("dapo", "papo_d") else 0.3)
+    assert cfg.dynamic_sampling == (row[1] in ("dapo", "papo_d"))
+    assert (cfg.filter_low, cfg.filter_high, cfg.max_rounds, cfg.prompts_per_round) == (0.01, 0.99, 20, 128)
+    assert (cfg.overlong_buffer, cfg.mask_cut_off) == (0, False)
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_g", "papo_d"])
+def test_the_two_objectives(algo):
+    official, paper = (preset("3b", algo, objective=o) for o in ("official", "paper"))
+    assert preset("3b", algo) == official
+    assert (official.perception, official.kl_clamp, official.masked_grad, official.recompute_masked) == ("k3", 10.0, False, False)
+    assert (official.entropy, official.loss_mean, official.dual_clip) == ("sampled", "token", 3.0)
+    assert (official.reward, official.top_p) == ("official", 0.99)
+    assert (paper.perception, paper.kl_clamp, paper.masked_grad, paper.recompute_masked) == ("printed", 0.0, True, True)
+    assert (paper.entropy, paper.loss_mean, paper.dual_clip) == ("sampled", "token" if algo in ("dapo", "papo_d") else "sequence", 0.0)
+    assert (paper.reward, paper.top_p) == ("paper", 1.0)
+    same = {f.name for f in dataclasses.fields(Config)} - {"objective", "perception", "kl_clamp", "masked_grad", "recompute_masked",
+                                                           "loss_mean", "dual_clip", "reward", "top_p"}
+    assert all(getattr(official, name) == getattr(paper, name) for name in same)
+
+
+def test_a_flag_wins_over_every_preset():
+    for name, value in [("gamma", 0.5), ("eta1", 0.2), ("eta2", 0.3), ("clip_high", 0.9), ("clip_low", 0.1), ("perception", "exact"),
+                        ("masked_grad", False), ("loss_mean", "token"), ("kl_clamp", 3.0), ("dual_clip", 4.0), ("reward", "official")]:
+        assert getattr(preset("7b", "papo_g", True, objective="paper", **{name: value}), name) == value
+    assert preset("3b", "dapo", beta=0.04).beta == 0.04
+
+
+def test_a_branch_that_cannot_be_kept_is_recomputed():
+    assert preset("3b", "papo_g", perception="exact").recompute_masked and preset("3b", "papo_g", masked_grad=True).recompute_masked
+    assert not preset("3b", "papo_g").recompute_masked and preset("3b", "papo_g", recompute_masked=True).recompute_masked
+
+
+BAD = [(dict(no_ref_kl=True, beta=0.1), "contradict"), (dict(dual_clip=0.5), "greater than 1"), (dict(gamma=-0.1), "not be negative"),
+       (dict(perception="exact", recompute_masked=False), "cannot be kept"), (dict(filter_low=-0.2), "between 0 and 1"),
+       (dict(overlong_buffer=4000), "between 0 and 2048"), (dict(group_size=1), "at least 2"), (dict(prompts_per_round=0), "greater than 0")]
+
+
+@pytest.mark.parametrize("flags,words", BAD, ids=lambda x: str(x)[:30])
+def test_settings_that_cannot_work_get_one_sentence(flags, words):
+    cfg = resolve({"model": QWEN["3b"], **flags}, True)[0]
+    with pytest.raises(SystemExit, match=words):
+        check(cfg, 1)
