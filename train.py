@@ -2,7 +2,6 @@
 
     torchrun train.py --algo papo_g                                    # a laptop: the toy model, in minutes
     torchrun --nproc_per_node 2 train.py --algo papo_g --steps 3       # two processes, FSDP2
-    torchrun --nproc_per_node 8 train.py --algo papo_g --model Qwen/Qwen2.5-VL-7B-Instruct
 
 One step:  roll out G responses a prompt  ->  rule reward  ->  group advantages  ->  log-probs: old, masked picture, reference
            ->  one or several optimiser updates on the objective of papo.py  ->  weights back to the sampler
@@ -238,8 +237,8 @@ def train_step(run, step):
             norms.append(norm)
     with run.phase("sync"):
         run.sampler.sync(run.policy)
-    seconds = time.perf_counter() - began
-    return report.step_line(run, step + 1, groups, fate, totals, {"grad_norm": sum(norms) / len(norms), "lr": lr}, seconds)
+    optimiser = {"grad_norm": sum(norms) / len(norms), "lr": lr}
+    return report.step_line(run, step + 1, groups, fate, totals, optimiser, time.perf_counter() - began)
 
 
 def main():
@@ -252,17 +251,15 @@ def main():
     out = Path(cfg.out)
     newest = checkpoint.open_folder(out, cfg)
     run = Run(cfg)                                             # every process has looked at the folder when this returns
-    if first:
-        report.write_config(out, cfg)
     start = checkpoint.restore(run, newest) if newest else 0
     if first:
+        report.write_config(out, cfg)
         report.cut_metrics(out, start)
     run.sampler.sync(run.policy)
     before = out / "evaluation.json"
     if not before.exists():
-        say("accuracy before training:")
         summaries = {"before": evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")}
-        say("\n".join(table(summaries["before"])))
+        say("\n".join(["accuracy before training:", *table(summaries["before"])]))
         if first:
             report.write_atomically(before, json.dumps(summaries, indent=1))
     stop = []

@@ -143,10 +143,12 @@ def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
     assert [m["step"] for m in metrics(out)] == list(range(1, step + 2))
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("objective", [[], ["--objective", "paper"], ["--perception", "exact", "--entropy", "exact", "--masked_grad", "--eta2", "0.03"]],
+                         ids=["official", "paper", "exact"])
+def test_two_processes_are_one(objective, tmp_path):
     """FSDP2 over gloo: the same losses, rewards and gradient norms as one process."""
-    flags = ["--algo", "papo_g", "--steps", "2", *SMALL]
-    train(tmp_path / "one", "--algo", "papo_g", "--steps", 2)
+    flags = ["--algo", "papo_g", "--steps", "2", *objective, *SMALL]
+    train(tmp_path / "one", "--algo", "papo_g", "--steps", 2, *objective)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
                            "--out", tmp_path / "two", *flags], cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -166,15 +168,9 @@ def test_micro_batches_are_memory_only(tmp_path):
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, folder, monkeypatch):
     """The real update, with an advantage that overflows."""
-    import train as module
-    from config import resolve
-    from warm import build
-    from conftest import WARM
-    cfg = resolve({"model": str(build(WARM)), "data": "toy", "out": str(tmp_path), "prompts_per_step": 2, "prompts_per_update": 2,
-                   "group_size": 2}, False)[0]
-    run = module.Run(cfg)
+    module, run = one_run(tmp_path, folder, prompts_per_step=2)
     before = [p.detach().clone() for p in run.policy.parameters()]
     monkeypatch.setattr(module, "group_advantages", lambda r: torch.full_like(r, float("inf")))
     line = module.train_step(run, 0)
@@ -243,3 +239,65 @@ def test_every_knob_has_a_help_line():
     text = command("train.py", "--help").stdout
     for f in dataclasses.fields(Config):
         assert f"--{f.name}" in text and len(f.metadata["help"]) > 5
+
+
+# ------------------------------------------------------------------------------------------- one real step, in this process
+
+def one_run(tmp_path, folder, **flags):
+    import train as module
+    from config import check, resolve
+    small = {"prompts_per_step": 4, "prompts_per_update": 2, "prompts_per_forward": 1, "group_size": 4}
+    cfg = resolve({"model": str(folder), "data": "toy", "out": str(tmp_path), **small, **flags}, False)[0]
+    check(cfg, 1)
+    return module, module.Run(cfg)
+
+
+VARIANTS = {
+    "the paper's objective": dict(objective="paper"),
+    "exact, differentiable, double entropy": dict(perception="exact", entropy="exact", masked_grad=True, eta1=0.03, eta2=0.03),
+    "the masked branch recomputed": dict(recompute_masked=True, eta2=0.03),
+    "no reference": dict(no_ref_kl=True),
+    "raw": dict(mask="raw"), "noise": dict(mask="noise"), "contrast": dict(mask="contrast"), "patches": dict(mask_unit="patch"),
+    "cut-off responses": dict(mask_cut_off=True, overlong_buffer=16, max_response_tokens=24),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_takes_a_step(variant, tmp_path, folder):
+    module, run = one_run(tmp_path, folder, **VARIANTS[variant])
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    line = module.train_step(run, 0)
+    assert all(v == v and abs(v) < 1e6 for v in line.values() if isinstance(v, float)) and line["skipped_updates"] == 0
+    assert line["perception_kl"] > 0 and ("ref_kl" in line) == (variant != "no reference")
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+
+
+def test_the_first_updates_ratio_is_exactly_one(tmp_path, folder, monkeypatch):
+    """pi_old is pi_theta until something was updated: rho = 1 to the last bit on the first update, and not on the second."""
+    module, run = one_run(tmp_path, folder, lr=1e-3)
+    ratios, real = [], module.objective
+    monkeypatch.setattr(module, "objective", lambda s, old, *rest: ratios.append((s.logp.detach() - old).exp()) or real(s, old, *rest))
+    module.train_step(run, 0)
+    assert len(ratios) == 4 and all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
+
+
+# --------------------------------------------------------------------------------------------------- watching for collapse
+
+def warned(name):
+    """{step: the warnings given after it} of a committed run."""
+    import report
+    lines = report.read_metrics(ROOT / "results" / name)
+    found = {n: report.collapse_warnings(lines[:n]) for n in range(1, len(lines) + 1)}
+    return {n: w for n, w in found.items() if w}, lines
+
+
+def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs():
+    """results/collapse is gamma 0.5: figure 11 of the paper on demand. Each signal is named once, with what to do about it."""
+    found, lines = warned("collapse")
+    first = min(found)
+    assert all(m["accuracy"] == 0 for m in lines[20:]) and first <= 14 and lines[first - 2]["accuracy"] > 0.05
+    early = [w for n in found if n <= 20 for w in found[n]]
+    assert sorted(w.split()[1] for w in early) == ["clip_high_fraction", "entropy", "masked_entropy", "perception_kl"]
+    assert all("running median" in w and "half the --gamma" in w for w in early)
+    for name in [f"{algo}-seed{s}" for algo in ("grpo", "papo_g") for s in (1, 2, 3)] + ["main_command"]:
+        assert warned(name)[0] == {}
