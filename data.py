@@ -74,7 +74,7 @@ def rgb(picture):
 
 
 def encode(example, tok, image_processor):
-    """Example -> Prompt. Raises ValueError when placeholders and pictures disagree in number."""
+    """Example -> Prompt. Raises ValueError when placeholders and pictures disagree in number, or a picture is broken."""
     parts = example.problem.split(IMAGE)
     if len(parts) - 1 != len(example.images):
         raise ValueError(f"example {example.id}: {len(parts) - 1} {IMAGE} placeholders but {len(example.images)} pictures; "
@@ -85,7 +85,10 @@ def encode(example, tok, image_processor):
     text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     pixel_values = grid = None
     if example.images:
-        out = image_processor([rgb(p) for p in example.images], return_tensors="pt")
+        try:
+            out = image_processor([rgb(p) for p in example.images], return_tensors="pt")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"example {example.id}: a picture cannot be read ({str(error).splitlines()[0]})") from error
         pixel_values, grid = out["pixel_values"], out["image_grid_thw"]
         pieces = text.split("<|image_pad|>")
         text = pieces[0]
@@ -141,7 +144,4 @@ class Stream:
         epoch, i = divmod(position, len(self.examples))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, torch.randperm(len(self.examples), generator=generator(self.cfg.seed, "shuffle", epoch))
-        prompt = encode(self.examples[int(self.order[i])], self.tok, self.image_processor)
-        if len(prompt.ids) > self.cfg.max_prompt_tokens:
-            fail(f"example {prompt.example.id} has {len(prompt.ids)} prompt tokens; raise --max_prompt_tokens or leave it out")
-        return prompt
+        return encode(self.examples[int(self.order[i])], self.tok, self.image_processor)

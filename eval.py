@@ -6,6 +6,7 @@ prints accuracy per split with a 95 % interval (bootstrap over questions) and wr
 """
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -14,21 +15,23 @@ from tqdm import tqdm
 
 from config import check, fail, resolve
 from data import encode, load
-from model import banned_tokens, load_processors, load_vlm, resolve_folder
+from model import DTYPES, banned_tokens, load_processors, load_vlm, resolve_folder
 from reward import Grader, compute_score
-from rollout import TransformersSampler
+from rollout import build_sampler
 
 
-def evaluate(sampler, examples, tok, image_processor, n, name, score, chunk=64, progress=True):
-    """Sample n responses to each example; score(text, answer) each -> one record a response (a dict, ready for JSON)."""
+def evaluate(sampler, examples, tok, image_processor, n, name, score, chunk=64, rounds=None, progress=True):
+    """Sample n responses to each example; score(text, answer) each -> one record a response (a dict, ready for JSON).
+
+    rounds: how many chunks to ask for where other processes have more of them (an engine shared by several waits for all)."""
     records = []
     with tqdm(total=len(examples) * n, desc=f"eval {name[-1]}", unit="response", disable=not progress, leave=False) as bar:
-        for start in range(0, len(examples), chunk):
-            batch = [examples[i] for i in range(start, min(start + chunk, len(examples)))]
+        for start in range(0, (rounds or math.ceil(len(examples) / chunk)) * chunk, chunk):
+            batch = examples[start:start + chunk]
             prompts = [encode(e, tok, image_processor) for e in batch]
             rollouts = sampler.generate(prompts, n, [(*name, e.id) for e in batch])
-            for example, prompt, rollout in zip(batch, prompts, rollouts):
-                for g in range(n):
+            for example, rollout in zip(batch, rollouts):
+                for g in range(n if rollout else 0):
                     records.append({"id": example.id, "prompt": example.problem, "predict": rollout.texts[g],
                                     "label": example.answer, "tokens": len(rollout.tokens[g]),
                                     "finished": rollout.finished[g], **example.tags,
@@ -55,10 +58,11 @@ def evaluate_splits(run, splits, n, name):
     """avg@n of a training run's policy, the questions shared between its processes -> {split: summary}"""
     summaries = {}
     for split in splits:
-        data = load(run.cfg.data, split, run.cfg.eval_questions, 0)
-        mine = [data[i] for i in range(run.rank, min(len(data), run.cfg.eval_questions), run.world)]
-        records = evaluate(run.sampler, mine, run.tok, run.image_processor, n, (run.cfg.seed, name, split), run.score,
-                           progress=run.rank == 0)
+        data, chunk = load(run.cfg.data, split, run.cfg.eval_questions, 0), 64
+        questions = min(len(data), run.cfg.eval_questions)
+        mine = [data[i] for i in range(run.rank, questions, run.world)]
+        records = evaluate(run.sampler, mine, run.tok, run.image_processor, n, (run.cfg.seed, name, split), run.score, chunk,
+                           math.ceil(questions / run.world / chunk), run.rank == 0)
         summaries[split] = summarise(run.gather(records))
     return summaries
 
@@ -90,17 +94,19 @@ def main():
     p.add_argument("--n", type=int, default=8, help="responses per question")
     p.add_argument("--questions", type=int, default=256, help="questions per split")
     p.add_argument("--seed", type=int, default=1, help="seed of the sampling")
+    p.add_argument("--sampler", choices=["vllm", "hf"], help="default: vllm where an engine can run, else hf (transformers)")
     p.add_argument("--out", help="JSON lines of every response; default: eval-<data>.jsonl in the model folder")
     args = p.parse_args()
     if args.n < 1 or args.questions < 1:
         fail(f"--n {args.n} --questions {args.questions}: both must be at least 1")
-    cfg, _ = resolve({"model": args.model, "data": args.data, "eval_n": args.n, "eval_questions": args.questions},
-                     torch.cuda.is_available())
+    cuda = torch.cuda.is_available()
+    cfg, why = resolve({"model": args.model, "data": args.data, "eval_n": args.n, "eval_questions": args.questions,
+                        "sampler": args.sampler, "sleep": 0}, cuda)
     check(cfg, 1)
     folder = resolve_folder(args.model, cfg.warm_steps)
     tok, image_processor = load_processors(folder, cfg)
-    vlm = load_vlm(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler, grader = TransformersSampler(vlm, tok, banned_tokens(vlm, tok), cfg), Grader()
+    vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu") if cfg.sampler == "hf" else None
+    sampler, grader = build_sampler(cfg, folder, vlm, tok, image_processor, banned_tokens(folder, tok), 1), Grader()
     out = Path(args.out) if args.out else folder / f"eval-{Path(args.data).stem}.jsonl"
     summaries, lines = {}, []
     for split in splits_of(args.data):
@@ -111,8 +117,9 @@ def main():
         summaries[split] = summarise(records)
         lines += [json.dumps({"split": split, **r}) for r in records]
     grader.close()
+    sampler.close()
     out.write_text("\n".join(lines) + "\n")
-    print(f"{args.model} on {args.data}: temperature {cfg.temperature}, top_p {cfg.top_p}, at most "
+    print(f"{args.model} on {args.data}: sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p {cfg.top_p}, at most "
           f"{cfg.max_response_tokens} tokens, seed {args.seed}, {args.questions} questions a split, n = {args.n}")
     print("\n".join(table(summaries)))
     print(f"responses: {out}")

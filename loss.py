@@ -47,6 +47,15 @@ def clipped_surrogate(logp, old, advantage, clip_low, clip_high, dual_clip):
     return loss, (rho > 1 + clip_high) & (advantage > 0), (rho < 1 - clip_low) & (advantage < 0)
 
 
+def importance_weight(old, sampled, cap):
+    """Truncated importance sampling: min(pi_old / pi_sampler, cap), a weight on the policy term without a gradient.
+
+    pi_old is the trainer's word on the sampled token, pi_sampler the engine's; the same policy, but not the same kernels or
+    precision (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    """
+    return (old - sampled).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp().clamp(max=cap).detach()
+
+
 def k3(logp, other, clamp=10.0):
     """Schulman's k3 estimate of KL(pi || other) from tokens sampled by pi: d = other - logp, k3 = e^d - d - 1 >= 0.
 

@@ -143,10 +143,11 @@ def load_vlm(folder, dtype=torch.float32):
         fail(f"{folder} cannot be loaded as a vision-language model ({str(error).splitlines()[0]})")
 
 
-def banned_tokens(vlm, tok):
-    """(V,) bool: tokens that stand for pictures, and rows of the embedding that no token owns. A sampled <|image_pad|>
+def banned_tokens(folder, tok):
+    """(V,) bool, V of the model in the folder: tokens that stand for pictures, and rows of the embedding that no token owns. A sampled <|image_pad|>
     would make the next forward look for a picture that is not there."""
-    banned = torch.arange(vlm.config.text_config.vocab_size) >= len(tok)
+    from transformers import AutoConfig
+    banned = torch.arange(AutoConfig.from_pretrained(folder).text_config.vocab_size) >= len(tok)
     banned[[i for i in tok.convert_tokens_to_ids(VISUAL_TOKENS) if i is not None]] = True
     return banned
 

@@ -50,7 +50,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loss import clipped_surrogate, k3, masked_sum, sampled_entropy
+from loss import clipped_surrogate, importance_weight, k3, masked_sum, sampled_entropy
 
 # What an algorithm is. gamma, eta1, eta2 differ by model too: config.py lays the paper's table over these.
 ALGORITHMS = {
@@ -112,22 +112,25 @@ def difficulty(accuracy, low, high):
 def fill_batch(draw, cfg):
     """The groups of one step; with dynamic sampling only informative ones, drawn in rounds until the batch is full (Eq. 3).
 
-    draw(n): rolls out and scores the next n prompts -> [Group]. -> (groups, {what became of the prompts rolled out: how many}).
+    draw(n): rolls out and scores the next n prompts -> [Group], fewer where a prompt could not be used; those are replaced. -> (groups, {what became of the prompts rolled out: how many}).
     Raises ValueError, saying what the data lacks, when max_rounds rounds do not fill the batch.
     """
-    wanted, kept, fate = cfg.prompts_per_step, [], {"generated": 0, "too_easy": 0, "too_hard": 0}
-    if not cfg.dynamic_sampling:
-        return draw(wanted), {"generated": wanted}
+    wanted, kept, fate = cfg.prompts_per_step, [], {"generated": 0, "refused": 0, "too_easy": 0, "too_hard": 0}
     for _ in range(cfg.max_rounds):
-        for group in draw(cfg.prompts_per_round):
-            fate["generated"] += 1
-            verdict = difficulty(group.values("accuracy"), cfg.filter_low, cfg.filter_high)
+        n = cfg.prompts_per_round if cfg.dynamic_sampling else wanted - len(kept)
+        groups = draw(n)
+        fate["generated"] += len(groups)
+        fate["refused"] += n - len(groups)
+        for group in groups:
+            verdict = difficulty(group.values("accuracy"), cfg.filter_low, cfg.filter_high) if cfg.dynamic_sampling else "informative"
             if verdict == "informative":
                 kept.append(group)
             else:
                 fate[verdict] += 1
         if len(kept) >= wanted:
             return kept[:wanted], {**fate, "surplus": len(kept) - wanted}
+    if fate["refused"] > fate["generated"]:
+        raise ValueError(f"of {fate['generated'] + fate['refused']} prompts {fate['refused']} could not be used; the warnings above say why")
     raise ValueError(f"after {cfg.max_rounds} rounds of {cfg.prompts_per_round} prompts only {len(kept)} of {wanted} groups had an accuracy between "
                      f"{cfg.filter_low} and {cfg.filter_high}; {fate['too_easy']} were above and {fate['too_hard']} below, so the data is too "
                      f"{'easy' if fate['too_easy'] > fate['too_hard'] else 'hard'} for this model: change it, widen the bounds or raise --max_rounds")
@@ -140,12 +143,12 @@ def overlong_penalty(lengths, limit, buffer):
     return -(over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
 
 
-def objective(scores, old, ref, advantage, mask, sees, total_tokens, total_responses, cfg):
+def objective(scores, old, ref, sampled, advantage, mask, sees, total_tokens, total_responses, cfg):
     """Minus J, for one micro-batch, and the sums behind its metrics.
 
     scores (model.Scores): what the current weights say, each (B, G, R) or None: logp; masked, the same tokens on I_mask; and
     the whole-vocabulary terms kl, entropy, masked_entropy, where cfg asks for the exact ones.
-    old, ref (B, G, R) log-probabilities, ref None without a reference; advantage (B, G); mask (B, G, R) bool, true on the
+    old, ref, sampled (B, G, R) log-probabilities, ref None without a reference, sampled as the sampler reported them; advantage (B, G); mask (B, G, R) bool, true on the
     tokens that count, EOS included; sees (B,) bool, false for a prompt without a picture, which has no perception term.
     total_tokens, total_responses: what counts in the whole optimiser batch, over all processes.
 
@@ -156,9 +159,12 @@ def objective(scores, old, ref, advantage, mask, sees, total_tokens, total_respo
     logp, masked, exact = scores.logp, scores.masked, cfg.entropy == "exact"
     A = advantage[:, :, None].expand_as(logp)                                   # (B, G, R)
     policy, high, low = clipped_surrogate(logp, old, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+    if cfg.importance_cap:
+        policy = policy * importance_weight(old, sampled, cfg.importance_cap)   # (B, G, R)
     entropy = scores.entropy if exact else sampled_entropy(logp)                # (B, G, R)
     per_token = policy + cfg.eta1 * entropy                                     # Eq. (1) policy term; Eq. (2), eta1
-    parts = {"policy_loss": policy, "entropy": entropy, "clip_high_fraction": high.float(), "clip_low_fraction": low.float()}
+    parts = {"policy_loss": policy, "entropy": entropy, "clip_high_fraction": high.float(), "clip_low_fraction": low.float(),
+             "sampler_gap": (old - sampled).abs(), "sampler_kl": k3(sampled, old, 0)[0]}           # old: the same weights, scored here
     if ref is not None:
         parts["ref_kl"] = k3(logp, ref, cfg.kl_clamp)[0]
         per_token = per_token + cfg.beta * parts["ref_kl"]                      # Eq. (1), - beta KL_ref

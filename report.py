@@ -68,11 +68,14 @@ def log(out, metrics):
         f.write(json.dumps(metrics) + "\n")
 
 
-def peak_memory_gb():
-    """Peak of the device if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def memory_gb():
+    """This process's memory, and the device's if there is one, the vLLM engine's share included: now, and the trainer's peak."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    now = {"host_memory_gb": pages * resource.getpagesize() / 1e9}
+    if not torch.cuda.is_available():
+        return now | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    free, total = torch.cuda.mem_get_info()
+    return now | {"device_memory_gb": (total - free) / 1e9, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def step_line(run, step, groups, fate, totals, optimiser, seconds):
@@ -90,7 +93,7 @@ def step_line(run, step, groups, fate, totals, optimiser, seconds):
             "skipped_updates": run.skipped, **{f"{k}_prompts": n for k, n in fate.items()},
             "grading_timeouts": sum(run.gather([run.grader.timeouts])), "seconds": seconds,
             "phases": {k: round(v, 4) for k, v in run.seconds.items()}, "tokens_per_second": sum(lengths) / seconds,
-            "peak_memory_gb": peak_memory_gb()}
+            **memory_gb()}
 
 
 # Figure 11 of the paper: how a run looks when the perception loss is being hacked. KL_prcp and the clip fraction leave first, both

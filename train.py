@@ -10,7 +10,6 @@ Rollouts are small and pictures are not: processes exchange all rollouts of a st
 again the pictures of the prompts it will train on. So advantages, dynamic sampling and the denominator are plain local
 arithmetic on the whole batch, and nothing depends on the number of processes.
 """
-import contextlib
 import json
 import math
 import os
@@ -27,14 +26,10 @@ from tqdm import tqdm
 import checkpoint
 import report
 from config import check, fail, parser, resolve
-from data import Stream, generator, load
 from eval import evaluate_splits, splits_of, table
-from loss import masked_sum
-from masking import Masker
-from model import DTYPES, Packed, Policy, Scores, banned_tokens, load_processors, load_vlm, pack, resolve_folder, shard
+from model import Packed, Scores, pack
 from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
-from reward import Grader, compute_score
-from rollout import TransformersSampler
+from run import Run
 
 
 @dataclass
@@ -50,77 +45,18 @@ class Micro:
     blind: Scores | None = None             # the masked branch where it is kept for the whole step
 
 
-class Run:
-    """All that stays the same between steps: the models, the data and where this process stands among the others."""
-
-    def __init__(self, cfg):
-        self.cfg, self.rank, self.world = cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        sharded = cuda or self.world > 1                       # one CPU process needs neither shards nor mixed precision
-        if sharded and not dist.is_initialized():
-            method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
-            dist.init_process_group("nccl" if cuda else "gloo", init_method=method, rank=self.rank, world_size=self.world)
-        folder = resolve_folder(cfg.model, cfg.warm_steps) if self.rank == 0 else None       # rank 0 makes or fetches it,
-        self.barrier()                                                                       # the others wait
-        self.folder = folder or resolve_folder(cfg.model, cfg.warm_steps)
-        self.tok, self.image_processor = load_processors(self.folder, cfg)
-        vlm = load_vlm(self.folder).to(self.device)
-        self.banned = banned_tokens(vlm, self.tok).to(self.device)
-        self.policy = Policy(vlm, self.banned, cfg.temperature)
-        self.reference = None
-        if cfg.beta > 0:
-            self.reference = Policy(load_vlm(self.folder).to(self.device), self.banned, cfg.temperature).requires_grad_(False)
-        if sharded:
-            for policy in filter(None, [self.policy, self.reference]):
-                shard(policy, DTYPES[cfg.dtype])
-            vlm = load_vlm(self.folder, DTYPES[cfg.dtype]).to(self.device)       # the sampler's own whole copy
-        self.sampler = TransformersSampler(vlm, self.tok, self.banned, cfg)
-        self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-        self.stream = Stream(load(cfg.data, "train", 1_000_000, cfg.seed), cfg, self.tok, self.image_processor)
-        self.masker, self.grader = Masker(cfg, self.image_processor, self.device), Grader()
-        self.cursor = self.updates = self.skipped = 0          # prompts consumed, optimiser updates made, updates refused
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def gather(self, items):
-        """Lists of every process, joined in order of rank."""
-        if self.world == 1:
-            return items
-        parts = [None] * self.world
-        dist.all_gather_object(parts, items)
-        return [x for part in parts for x in part]
-
-    def score(self, text, answer):
-        return compute_score(text, answer, self.grader, self.cfg.reward)
-
-    def mask(self, prompt, *name):
-        """The masked pictures of a prompt, under a random name."""
-        try:
-            return self.masker(prompt, generator(self.cfg.seed, *name))
-        except ValueError as error:
-            fail(str(error))
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def roll_out(run, step, positions):
-    """Sample and score the prompts at these positions of the stream, shared between the processes -> [Group] of all of them."""
-    cfg, mine = run.cfg, positions[run.rank::run.world]
+    """Sample and score the prompts at these positions of the stream, shared between the processes -> [Group] of all of them,
+    but for the prompts that could not be read or were refused by the sampler."""
+    cfg = run.cfg
     with run.phase("rollout"):
-        prompts = [run.stream[p] for p in mine]
-        rollouts = run.sampler.generate(prompts, cfg.group_size, [(cfg.seed, "sample", step, p) for p in mine])
+        prompts = {p: prompt for p in positions[run.rank::run.world] if (prompt := run.readable(p))}
+        rollouts = run.sampler.generate([*prompts.values()], cfg.group_size, [(cfg.seed, "sample", step, p) for p in prompts])
     with run.phase("reward"):
         groups = []
-        for p, prompt, r in zip(mine, prompts, rollouts):
+        for (p, prompt), r in zip(prompts.items(), rollouts):
+            if r is None:
+                continue
             late = overlong_penalty(torch.tensor([len(t) for t in r.tokens]), cfg.max_response_tokens, cfg.overlong_buffer)
             scores = [run.score(text, prompt.example.answer) | {"overlong_penalty": x} for text, x in zip(r.texts, late.tolist())]
             groups.append(Group(p, r, scores, [finished or not cfg.mask_cut_off for finished in r.finished]))
@@ -194,9 +130,8 @@ def update(run, batches, total_tokens, total_responses):
     for micro in batches:
         scores, mask = score_current(run, micro), micro.picture.mask
         old = scores.logp.detach() if micro.old is None else micro.old
-        loss, sums = objective(scores, old, micro.ref, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
+        loss, sums = objective(scores, old, micro.ref, micro.sampled, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
         (loss * run.world).backward()                                            # FSDP averages over processes; J sums
-        sums["sampler_gap"] = masked_sum((old - micro.sampled).abs(), mask)      # old is scored with the sampler's weights
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.double()
     names = sorted(totals)
@@ -223,6 +158,7 @@ def train_step(run, step):
     cfg, began, totals, norms = run.cfg, time.perf_counter(), {}, []
     run.seconds = {}
     groups, fate = collect(run, step)
+    run.sampler.sleep()
     for group in groups:
         group.advantages = group_advantages(group.rewards)                       # (G,)
     slices = [groups[i:i + cfg.prompts_per_update] for i in range(0, len(groups), cfg.prompts_per_update)]
@@ -243,11 +179,13 @@ def train_step(run, step):
 
 def main():
     """Parse, prepare, train, and show what came out."""
-    cfg, reason = resolve(vars(parser().parse_args()), torch.cuda.is_available())
+    cfg, why = resolve(vars(parser().parse_args()), torch.cuda.is_available())
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     first = int(os.environ.get("RANK", 0)) == 0
     say = tqdm.write if first else (lambda *_: None)
-    say(f"model {cfg.model} ({reason}), data {cfg.data}, algorithm {cfg.algo}, output {cfg.out}")
+    say(f"model {cfg.model} ({why['model']}), data {cfg.data}, algorithm {cfg.algo}, output {cfg.out}")
+    say(f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p {cfg.top_p}"
+        + ("" if cfg.top_p == 1 else ": responses come from the nucleus, log-probs and ratios are those of the whole distribution"))
     out = Path(cfg.out)
     newest = checkpoint.open_folder(out, cfg)
     run = Run(cfg)                                             # every process has looked at the folder when this returns
@@ -255,6 +193,9 @@ def main():
     if first:
         report.write_config(out, cfg)
         report.cut_metrics(out, start)
+    gap = run.check_sync()
+    if gap is not None:
+        say(f"weights reach the sampler: with every sign turned, log-probs differ by {gap:.1e} nats a token from the trainer's")
     run.sampler.sync(run.policy)
     before = out / "evaluation.json"
     if not before.exists():
@@ -281,19 +222,18 @@ def main():
             checkpoint.save(run, step + 1)
         if asked_to_stop and not last:
             say(f"stopped after step {step + 1}; continue with the same flags and --resume")
+            run.close()
             sys.exit(130)
     for name, handler in handlers.items():
         signal.signal(name, handler)
     summaries = json.loads(before.read_text())
     summaries["after"] = evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")
-    run.grader.close()
+    run.close()
     if first:
         report.write_atomically(before, json.dumps(summaries, indent=1))
         report.curves(out)
         say("\n".join(report.before_after(summaries)))
         say("written: " + ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from toy import ToyData  # noqa: E402
 from warm import build  # noqa: E402
 
 WARM = 60       # enough that responses are well formed and some are right; about 20 s, then cached
-SMALL = ["--warm_steps", str(WARM), "--prompts_per_step", "4", "--prompts_per_update", "2", "--prompts_per_forward", "1",
+SMALL = ["--sampler", "hf", "--warm_steps", str(WARM), "--prompts_per_step", "4", "--prompts_per_update", "2", "--prompts_per_forward", "1",
          "--group_size", "4", "--eval_questions", "4", "--eval_n", "2", "--eval_every", "0"]
 
 
@@ -32,7 +32,7 @@ def folder():
 
 @pytest.fixture(scope="session")
 def cfg(folder):
-    return resolve({"model": str(folder), "data": "toy"}, cuda=False)[0]
+    return resolve({"model": str(folder), "data": "toy", "sampler": "hf"}, cuda=False)[0]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def processors(folder, cfg):
 @pytest.fixture
 def policy(folder, processors):
     vlm = load_vlm(folder)
-    return Policy(vlm, banned_tokens(vlm, processors[0]))
+    return Policy(vlm, banned_tokens(folder, processors[0]))
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ def token(x, cfg, b, g, t, advantage):
         share = clip(rho, 1 - cfg.clip_low, 1 + cfg.clip_high) * advantage
     if cfg.dual_clip and advantage < 0 and share < cfg.dual_clip * advantage:
         share = cfg.dual_clip * advantage + 0 * rho
+    if cfg.importance_cap:
+        share = share * clip((x["old"][b, g, t] - x["sampled"][b, g, t]).exp(), None, cfg.importance_cap)
     if x["ref"] is not None:
         share = share - cfg.beta * divergence((x["ref"][b, g, t] - real[o]).exp(), cfg)
     if cfg.entropy == "exact":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import resolve
-from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
+from loss import exact_entropy, exact_kl, importance_weight, policy_logits, token_logprobs
 from model import Scores
 from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
 from reference import J
@@ -25,9 +25,9 @@ def example(B=3, G=4, R=5, seed=0, extreme=True):
     tokens = torch.randint(2, VOCABULARY, (B, G, R), generator=g)
     tokens[0, :2, 0] = 0
     logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    old, ref = logp + 0.4 * torch.randn(2, B, G, R, generator=g, dtype=torch.float64)
+    old, ref, sampled = logp + 0.4 * torch.randn(3, B, G, R, generator=g, dtype=torch.float64)
     mask = torch.arange(R) < torch.randint(1, R + 1, (B, G, 1), generator=g)
-    return {"logits": logits, "masked_logits": masked, "tokens": tokens, "old": old, "ref": ref, "mask": mask,
+    return {"logits": logits, "masked_logits": masked, "tokens": tokens, "old": old, "ref": ref, "sampled": sampled, "mask": mask,
             "rewards": torch.rand(B, G, generator=g, dtype=torch.float64).round(decimals=1),
             "sees": torch.arange(B) != 1, "banned": torch.arange(VOCABULARY) == 1}
 
@@ -47,7 +47,7 @@ def fast(x, cfg, tokens=None, responses=None):
     """papo.objective -> (loss, {input: gradient}, sums)"""
     x = {**x, "logits": x["logits"].clone().requires_grad_(), "masked_logits": x["masked_logits"].clone().requires_grad_()}
     tokens, responses = tokens or int(x["mask"].sum()), responses or int(x["mask"].any(-1).sum())
-    loss, sums = objective(scores(x, cfg), x["old"], x["ref"], group_advantages(x["rewards"]), x["mask"], x["sees"], tokens, responses, cfg)
+    loss, sums = objective(scores(x, cfg), x["old"], x["ref"], x["sampled"], group_advantages(x["rewards"]), x["mask"], x["sees"], tokens, responses, cfg)
     loss.backward()
     return loss.detach(), {k: torch.zeros_like(x[k]) if x[k].grad is None else x[k].grad for k in ("logits", "masked_logits")}, sums
 
@@ -78,7 +78,7 @@ def agrees(x, cfg):
 @pytest.mark.parametrize("perception,masked_grad,entropy,loss_mean,kl_clamp", product(
     ["k3", "printed", "exact"], [False, True], ["sampled", "exact"], ["token", "sequence"], [10.0, 0.0]))
 def test_every_variant_is_the_slow_reference(perception, masked_grad, entropy, loss_mean, kl_clamp):
-    agrees(example(extreme=kl_clamp > 0), settings(perception=perception, masked_grad=masked_grad, entropy=entropy, loss_mean=loss_mean,
+    agrees(example(extreme=kl_clamp > 0), settings(importance_cap=1.2, perception=perception, masked_grad=masked_grad, entropy=entropy, loss_mean=loss_mean,
                                kl_clamp=kl_clamp, **ALL_ON))
 
 
@@ -94,7 +94,7 @@ def test_gradcheck_of_the_whole_objective(cfg):
     for variant in (replace(cfg, masked_grad=True), replace(cfg, masked_grad=True, perception="exact", entropy="exact", loss_mean="sequence")):
         def f(logits, masked_logits):
             s = scores({**x, "logits": logits, "masked_logits": masked_logits}, variant)
-            return objective(s, x["old"], x["ref"], advantage, x["mask"], x["sees"], 5, 4, variant)[0]
+            return objective(s, x["old"], x["ref"], x["sampled"], advantage, x["mask"], x["sees"], 5, 4, variant)[0]
         assert torch.autograd.gradcheck(f, (x["logits"].requires_grad_(), x["masked_logits"].requires_grad_()))
 
 
@@ -136,7 +136,7 @@ def test_padding_side_and_amount_change_nothing(variant):
                 shape[2] = n
                 blocks.append(torch.full(shape, fill, dtype=v.dtype))
             return torch.cat([blocks[0], v, blocks[1]], 2)
-        junk = {"logits": 3.0, "masked_logits": -2.0, "tokens": 3, "old": float("nan"), "ref": float("inf"), "mask": False}
+        junk = {"logits": 3.0, "masked_logits": -2.0, "tokens": 3, "old": float("nan"), "ref": float("inf"), "sampled": float("nan"), "mask": False}
         again, grad_again, sums_again = fast({k: pad(v, junk[k]) if k in junk else v for k, v in x.items()}, variant)
         assert torch.allclose(loss, again, atol=1e-14)
         for name in grad:
@@ -270,9 +270,9 @@ def test_dynamic_sampling_refills_and_counts():
     cfg = settings("dapo", prompts_per_step=4, prompts_per_round=5)
     groups, fate = fill_batch(Questions([0, 4, 1, 2, 3]), cfg)       # of five groups one is all wrong and one all right
     assert [int(g.values("accuracy").sum()) for g in groups] == [1, 2, 3, 1]
-    assert fate == {"generated": 10, "too_easy": 2, "too_hard": 2, "surplus": 2}
+    assert fate == {"generated": 10, "refused": 0, "too_easy": 2, "too_hard": 2, "surplus": 2}
     groups, fate = fill_batch(Questions([0, 4]), replace(cfg, dynamic_sampling=False))
-    assert len(groups) == 4 and fate == {"generated": 4}
+    assert len(groups) == 4 and fate == {"generated": 4, "refused": 0, "too_easy": 0, "too_hard": 0, "surplus": 0}
 
 
 def test_the_bounds_are_strict_and_can_be_set():
@@ -280,6 +280,39 @@ def test_the_bounds_are_strict_and_can_be_set():
     groups, fate = fill_batch(Questions([1, 2, 3, 2]), cfg)
     assert [int(g.values("accuracy").sum()) for g in groups] == [2, 2]
     assert (fate["too_hard"], fate["too_easy"]) == (1, 1)
+
+
+def test_prompts_that_cannot_be_used_are_replaced_and_counted():
+    """Every third prompt is refused: the step still gets all its groups, and a data set of refusals is said to be one."""
+    cfg, questions, asked = settings("grpo", prompts_per_step=4), Questions([2]), []
+
+    def draw(n):
+        groups = questions(n)
+        asked.append(n)
+        return [g for i, g in enumerate(groups, questions.drawn - n) if i % 3]
+    groups, fate = fill_batch(draw, cfg)
+    assert len(groups) == 4 and asked == [4, 2] and (fate["generated"], fate["refused"]) == (4, 2)
+    with pytest.raises(ValueError, match="of 80 prompts 80 could not be used"):
+        fill_batch(lambda n: [], replace(cfg, max_rounds=20))
+
+
+def test_importance_weights_are_truncated_and_have_no_gradient():
+    old, sampled = torch.tensor([0.0, -1.0, -2.0], requires_grad=True), torch.tensor([0.0, -2.0, -1.0])
+    weight = importance_weight(old, sampled, 2.0)
+    assert torch.allclose(weight, torch.tensor([1.0, 2.0, torch.e**-1])) and not weight.requires_grad
+
+
+def test_importance_weights_are_on_the_policy_term_only(cfg):
+    x = example(extreme=False)
+    weighed, plain = (fast(x, replace(only(cfg), importance_cap=c))[1]["logits"] for c in (1.5, 0.0))
+    ratio = (weighed.abs().sum(-1) / plain.abs().sum(-1))[plain.any(-1)]
+    want = (x["old"] - x["sampled"]).exp().clamp(max=1.5)[plain.any(-1)]
+    assert torch.allclose(ratio, want) and (want == 1.5).any() and (want < 1.5).any()
+    for c in (0.0, 1.5):
+        sums = fast(x, replace(cfg, importance_cap=c))[2]
+        d = (x["old"] - x["sampled"])[x["mask"]]
+        assert torch.allclose(sums["sampler_gap"], d.abs().sum()) and torch.allclose(sums["sampler_kl"], (d.exp() - d - 1).sum())
+    assert torch.equal(*(fast(silent(x), replace(cfg, importance_cap=c))[1]["logits"] for c in (0.0, 1.5)))
 
 
 @pytest.mark.parametrize("right,word", [([4], "too easy"), ([0], "too hard")])

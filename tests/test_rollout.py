@@ -4,8 +4,9 @@ from dataclasses import replace
 import torch
 
 from data import generator
+from loss import policy_logits
 from model import pack
-from rollout import TransformersSampler, sampling_logprobs
+from rollout import TransformersSampler, nucleus
 
 
 def roll(policy, processors, cfg, prompts, n=4, **changes):
@@ -62,7 +63,7 @@ def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
 def test_sampling_follows_the_distribution():
     """Frequencies of inverse-CDF sampling against the probabilities they come from."""
     logits, banned = torch.tensor([[2.0, 1.0, 0.0, 5.0, -1.0]]), torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool)
-    p = sampling_logprobs(logits, banned, 1.0, 1.0).double().exp()[0]
+    p = policy_logits(logits, 1.0, banned).double().softmax(-1)[0]
     u = torch.rand(20_000, generator=generator("frequency"), dtype=torch.float64)
     counts = torch.searchsorted(p.cumsum(0), u * p.sum(), right=True).bincount(minlength=5) / len(u)
     assert p[3] == 0 and counts[3] == 0 and (counts - p).abs().max() < 0.02
@@ -70,9 +71,27 @@ def test_sampling_follows_the_distribution():
 
 def test_nucleus_by_hand():
     """p = .5 .3 .15 .05, top_p .7: the two likeliest stay, renormalised to .625 and .375."""
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
-    p = sampling_logprobs(logits, torch.zeros(4, dtype=torch.bool), 1.0, 0.7).exp()
-    assert torch.allclose(p, torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
+    p = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
+    assert torch.allclose(nucleus(p, 0.7), torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
+    assert torch.equal(nucleus(p, 1.0), p) and torch.equal(nucleus(p, 1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+
+
+def test_logprobs_are_those_before_the_nucleus(policy, processors, cfg, prompts):
+    """With top_p < 1 the trainer scores the whole distribution; so does the sampler, or their difference would be no error bar."""
+    rollouts = roll(policy, processors, cfg, prompts[:2], top_p=0.5)
+    with torch.no_grad():
+        logp = policy(pack(policy.vlm, prompts[:2], [r.tokens for r in rollouts])).logp
+    for b, r in enumerate(rollouts):
+        assert all(torch.allclose(logp[b, g, :len(x)], x, atol=1e-4) for g, x in enumerate(r.logprobs))
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_name(policy, processors, cfg, prompts, capsys):
+    short = [p for p in prompts if len(p.ids) < max(len(p.ids) for p in prompts)]
+    assert 0 < len(short) < len(prompts)
+    rollouts = roll(policy, processors, cfg, prompts, max_prompt_tokens=max(len(p.ids) for p in short))
+    said = capsys.readouterr()
+    for p, r in zip(prompts, rollouts):
+        assert (r is not None) == (p in short) and (f"example {p.example.id} is left out" in said.out + said.err) == (p not in short)
 
 
 def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, prompts):
