@@ -16,6 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from papo import ALGORITHMS, NO_REF_KL, OBJECTIVES, OBJECTIVES_AND_ALGORITHMS
 
 
+TOYS = ("toy", "toy-qwen3")             # --model: the embedded policy, as a tiny Qwen2.5-VL or a tiny Qwen3-VL
+
+
 def fail(message):
     """End with one clear sentence (from one process only) and a non-zero exit."""
     sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
@@ -29,7 +32,7 @@ def knob(default, text, choices=None):
 class Config:
     # what is trained, on what, and where it goes
     algo: str = knob("papo_g", "algorithm", list(ALGORITHMS))
-    model: str = knob("", "Hugging Face name or folder, or 'toy'; default: toy without a CUDA device, else Qwen2.5-VL-3B")
+    model: str = knob("", "Hugging Face name or folder, or toy, or toy-qwen3; default: toy without a CUDA device, else Qwen2.5-VL-3B")
     data: str = knob("", "hub name, parquet/json/jsonl file or folder, or 'toy'; default: what goes with the model")
     out: str = knob("", "output folder; default: out/<model>-<algo>")
     seed: int = knob(1, "seed of every random draw")
@@ -39,7 +42,7 @@ class Config:
     prompts_per_step: int = knob(384, "prompts rolled out per step, over all processes")
     group_size: int = knob(5, "G, responses per prompt")
     prompts_per_update: int = knob(128, "prompts per optimiser update, over all processes")
-    prompts_per_forward: int = knob(4, "prompts per forward pass on one process; memory only, never the result")
+    tokens_per_forward: int = knob(16384, "tokens in a training pass of one process, prompts counted once; memory only, never the result")
     # objective; see papo.py
     objective: str = knob("official", "official: what the released code optimises; paper: what the paper prints (papo.py lists both)",
                           list(OBJECTIVES))
@@ -95,6 +98,11 @@ class Config:
     sleep: int = knob(-1, "what the engine gives back while training: 0 nothing, 1 its memory but for a copy of the weights on the host, "
                           "2 everything; -1: 0 if all fits, else 2")
     importance_cap: float = knob(0.0, "truncated importance sampling: the policy term weighs min(pi_trainer / pi_sampler, cap); 0: off")
+    # memory and speed; never the result
+    packing: str = knob("", "rows: one row a group, for CPUs; flat: one row in all, with FlexAttention; default: flat where there is a "
+                            "CUDA device", ["rows", "flat"])
+    activation_checkpointing: bool = knob(False, "compute the layers again in the backward pass instead of keeping them")
+    cpu_offload: bool = knob(False, "weights, gradients and moments live in host memory (CUDA, FSDP2)")
     # watching and saving
     eval_every: int = knob(5, "steps between validations; 0: only before and after")
     eval_questions: int = knob(200, "questions per split in a validation")
@@ -107,7 +115,7 @@ class Config:
 # The paper's table (Table 6 of v5 and the released scripts), and the toy's own settings. The toy's KL to the masked picture is of the
 # same size as the paper's (a few hundredths of a nat a token), so it keeps the paper's gamma; 0.05 wears the policy down (README).
 MODELS = {
-    "toy": dict(steps=100, prompts_per_step=32, group_size=8, prompts_per_update=16, prompts_per_forward=16, lr=2e-4,
+    "toy": dict(steps=100, prompts_per_step=32, group_size=8, prompts_per_update=16, tokens_per_forward=8192, lr=2e-4,
                 top_p=1.0, max_prompt_tokens=256, max_response_tokens=48, min_pixels=28 * 28, max_pixels=64 * 28 * 28,
                 dtype="float32", mask_unit="token", prompts_per_round=16, max_rounds=40, eval_every=20, eval_questions=256, save_every=25, weight_decay=0.0),
     "qwen2.5-vl-3b": {}, "qwen2.5-vl-7b": {}, "qwen3-vl-2b": {},
@@ -117,7 +125,7 @@ MODELS_AND_ALGORITHMS = {
     ("qwen3-vl-2b", "papo_g"): dict(gamma=0.01),
 }
 # What a resumed run may change: nothing that alters the weights it arrives at.
-FREE_ON_RESUME = {"gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
+FREE_ON_RESUME = {"tokens_per_forward", "packing", "activation_checkpointing", "cpu_offload", "gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
 
 
 def family(model, data):
@@ -147,7 +155,7 @@ def resolve(flags, cuda):
     if not model:
         model = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
         reason = "default where there is a CUDA device" if cuda else "default where there is no CUDA device"
-    data = flags.get("data") or ("toy" if model == "toy" else "PAPOGalaxy/PAPO_ViRL39K_train")
+    data = flags.get("data") or ("toy" if model in TOYS else "PAPOGalaxy/PAPO_ViRL39K_train")
     algo, fam = flags.get("algo", "papo_g"), family(model, data)
     aim = flags.get("objective", "official")
     layers = {**ALGORITHMS[algo], **OBJECTIVES[aim], **OBJECTIVES_AND_ALGORITHMS.get((aim, algo), {}), **MODELS[fam],
@@ -158,13 +166,14 @@ def resolve(flags, cuda):
     if layers.get("masked_grad") or layers.get("perception") == "exact":
         layers.setdefault("recompute_masked", True)
     sampler, why = (flags["sampler"], "as asked") if flags.get("sampler") else default_sampler(cuda)
-    layers |= {"model": model, "data": data, "algo": algo, "sampler": sampler, "out": flags.get("out") or f"out/{fam}-{algo}"}
+    layers |= {"model": model, "data": data, "algo": algo, "sampler": sampler,
+               "packing": flags.get("packing") or ("flat" if cuda else "rows"), "out": flags.get("out") or f"out/{model if model in TOYS else fam}-{algo}"}
     return Config(**layers), {"model": reason, "sampler": why}
 
 
 def check(cfg, world_size):
     """End with a sentence on settings that cannot work."""
-    positive = "steps prompts_per_step prompts_per_update prompts_per_forward max_response_tokens max_prompt_tokens eval_n " \
+    positive = "steps prompts_per_step prompts_per_update tokens_per_forward max_response_tokens max_prompt_tokens eval_n " \
                "eval_questions max_rounds prompts_per_round save_every temperature lr max_grad_norm tensor_parallel".split()
     for name in positive:
         if not getattr(cfg, name) > 0:

@@ -1,74 +1,26 @@
-"""The policy: load it, score many responses with each prompt computed once, shard it, save it.
+"""The policy: load it, score packed responses with it, shard it, save it.
 
-    row of the packed forward:   [ prompt with picture | response 1 | response 2 | ... | response G | padding ]
-
-A token sees its own prompt and its own response. Every response starts at the position after the prompt, so its logits are
-those of [prompt | response g] alone (tests/test_model.py), for one encoding of the picture and one of the prompt.
+Qwen2.5-VL and Qwen3-VL differ in patch size, positions and where the picture enters (deepstack); all of that is inside
+transformers' own forward, which only gets our mask and positions.
 """
 import shutil
-from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
-from config import fail
+from config import TOYS, fail
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
+from packing import boolean_mask, may_see, pack
 
 VISUAL_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Packed:
-    """B groups as rows of length S; G responses a group, R tokens the longest; N patches over all pictures."""
-    input_ids: torch.Tensor                # (B, S)
-    position_ids: torch.Tensor             # (3, B, S) M-RoPE: time, height, width
-    allowed: torch.Tensor                  # (B, 1, S, S) bool, query may look at key
-    pixel_values: torch.Tensor | None      # (N, D)
-    grid: torch.Tensor | None              # (pictures, 3)
-    predictor: torch.Tensor                # (B, G, R) place in the row whose output predicts the token
-    targets: torch.Tensor                  # (B, G, R)
-    mask: torch.Tensor                     # (B, G, R) bool, tokens that are scored
-
-    def to(self, device):
-        return Packed(*(None if getattr(self, f.name) is None else getattr(self, f.name).to(device) for f in fields(self)))
-
-
-def prompt_positions(vlm, prompt):
-    """M-RoPE positions of a prompt, (3, P); what follows it starts at their maximum + 1."""
-    types = (prompt.ids == vlm.config.image_token_id).long()[None]
-    return vlm.model.get_rope_index(prompt.ids[None], types, image_grid_thw=prompt.grid)[0][:, 0]
-
-
-def pack(vlm, prompts, groups, scored=None):
-    """Lay out B prompts and their responses. groups[b][g]: (n,) token ids; scored[b][g]: (n,) bool, default all.
-
-    Responses keep their own lengths: there is no padding between them, only at the end of a row.
-    """
-    B, G, R = len(prompts), max(map(len, groups)), max(len(t) for group in groups for t in group)
-    S = max(len(p.ids) + sum(map(len, group)) for p, group in zip(prompts, groups))
-    ids, segment = torch.zeros(B, S, dtype=torch.long), torch.full((B, S), -1)   # segment: 0 prompt, g response g, -1 padding
-    positions = torch.zeros(3, B, S, dtype=torch.long)
-    predictor, targets = torch.zeros(2, B, G, R, dtype=torch.long)
-    mask = torch.zeros(B, G, R, dtype=torch.bool)
-    for b, (prompt, group) in enumerate(zip(prompts, groups)):
-        P = end = len(prompt.ids)
-        ids[b, :P], segment[b, :P], positions[:, b, :P] = prompt.ids, 0, prompt_positions(vlm, prompt)
-        after = positions[:, b, :P].max() + 1
-        for g, tokens in enumerate(group):
-            start, end, n = end, end + len(tokens), len(tokens)
-            ids[b, start:end], segment[b, start:end] = tokens, g + 1
-            positions[:, b, start:end] = after + torch.arange(n)
-            predictor[b, g, :n] = torch.arange(start - 1, end - 1)
-            predictor[b, g, 0] = P - 1                       # the first token of every response is predicted by the prompt
-            targets[b, g, :n], mask[b, g, :n] = tokens, True if scored is None else scored[b][g]
-    q, k = segment[:, :, None], segment[:, None, :]
-    allowed = ((k == 0) | (k == q)) & torch.ones(S, S, dtype=torch.bool).tril()  # (B, S, S); row padding sees the prompt
-    pictures = [p for p in prompts if p.grid is not None]
-    return Packed(ids, positions, allowed[:, None], torch.cat([p.pixel_values for p in pictures]) if pictures else None,
-                  torch.cat([p.grid for p in pictures]) if pictures else None, predictor, targets, mask)
+LOGITS_AT_ONCE = 2**26         # elements of (tokens, vocabulary) in float32 that exist at a time: 256 MiB, forward or backward
 
 
 class Scores(NamedTuple):
@@ -80,43 +32,106 @@ class Scores(NamedTuple):
     kl: tuple | None = None                      # KL(pi || pi_mask) over the whole vocabulary, and where it was clamped
 
 
+def flex_attention_forward(module, query, key, value, attention_mask, scaling=None, **_):
+    """FlexAttention as an attention function of transformers: (rows, heads, S, d) each -> ((rows, S, heads, d), None)"""
+    from torch.nn.attention.flex_attention import flex_attention
+    flex = torch.compile(flex_attention, dynamic=False) if query.is_cuda else flex_attention
+    return flex(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
+
+
 class Policy(nn.Module):
     """pi_theta: a vision-language model that scores packed responses under the sampler's temperature and ban."""
 
-    def __init__(self, vlm, banned, temperature=1.0):
+    def __init__(self, vlm, banned, temperature=1.0, flat=False):
         super().__init__()
-        self.vlm, self.temperature = vlm, temperature
+        self.vlm, self.temperature, self.flat = vlm, temperature, flat
+        self.always_look = False                                                # see `hidden`
         self.register_buffer("banned", banned, persistent=False)                # (V,) bool
+        if flat:                                                                # the vision tower keeps its own attention
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+            ALL_ATTENTION_FUNCTIONS.register("packed_flex", flex_attention_forward)
+            vlm.model.language_model.config._attn_implementation = "packed_flex"
+
+    def pack(self, prompts, groups, scored=None):
+        """packing.pack in the layout that this policy reads."""
+        return pack(self.vlm, prompts, groups, scored, self.flat)
 
     def forward(self, x, masked=None, masked_grad=False, exact=False, kl_clamp=0.0):
         """Packed -> Scores. masked: the same rows on I_mask, scored too, with a gradient if masked_grad; exact: the
-        whole-vocabulary terms as well. Both pictures in one call, since the exact KL needs both distributions at once."""
-        logp, entropy, dist = self.score(x, exact)
-        if masked is None:
-            return Scores(logp, entropy)
-        with torch.set_grad_enabled(masked_grad and torch.is_grad_enabled()):
-            blind, blind_entropy, blind_dist = self.score(masked, exact)
-        kl = tuple(self.unpack(v, x.mask) for v in exact_kl(dist, blind_dist, kl_clamp)) if exact else None
-        return Scores(logp, entropy, blind, blind_entropy, kl)
+        whole-vocabulary terms as well. Both pictures in one call, since the exact KL needs both distributions at once.
 
-    def score(self, x, exact):
-        """-> log-probs (B, G, R), exact entropies (B, G, R), log-distributions (tokens, V); the last two None unless exact."""
-        hidden = self.vlm.model(input_ids=x.input_ids, position_ids=x.position_ids, pixel_values=x.pixel_values,
-                                image_grid_thw=x.grid, attention_mask={"full_attention": x.allowed},
-                                use_cache=False).last_hidden_state                              # (B, S, width)
-        row = torch.arange(len(hidden), device=hidden.device)[:, None, None].expand_as(x.mask)  # (B, G, R)
-        picked = hidden[row[x.mask], x.predictor[x.mask]]                                       # (tokens, width)
-        logits = policy_logits(self.vlm.lm_head(picked), self.temperature, self.banned)         # (tokens, V)
-        logp = self.unpack(token_logprobs(logits, x.targets[x.mask]), x.mask)
-        if not exact:
-            return logp, None, None
-        dist = logits.log_softmax(-1)
-        return logp, self.unpack(exact_entropy(dist), x.mask), dist
+        Logits are made LOGITS_AT_ONCE at a time, and made again for the backward pass, so (tokens, V) never exists as a whole.
+        """
+        columns = [self.hidden(x), x.targets[x.mask]]                           # (tokens, width), (tokens,)
+        if masked is not None:
+            with torch.set_grad_enabled(masked_grad and torch.is_grad_enabled()):
+                columns.append(self.hidden(masked))
+        size = max(1, LOGITS_AT_ONCE // self.vlm.config.text_config.vocab_size)
+        terms = partial(self.terms, masked_grad=masked_grad, exact=exact, kl_clamp=kl_clamp)
+        if len(columns[0]) <= size:
+            values = terms(*columns)
+        else:
+            chunks = [checkpoint(terms, *chunk, use_reentrant=False) for chunk in zip(*(c.split(size) for c in columns))]
+            values = {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
+        values = {name: self.unpack(v, x.mask) for name, v in values.items()}
+        kl = (values.pop("kl"), values.pop("clamped")) if "kl" in values else None
+        return Scores(**values, kl=kl)
+
+    def terms(self, hidden, targets, blind=None, *, masked_grad, exact, kl_clamp):
+        """Some tokens' hidden states (n, width), on the picture and on the masked one -> {name of a Scores field: (n,)}"""
+        def read(h, name):
+            logits = policy_logits(self.vlm.lm_head(h), self.temperature, self.banned)                      # (n, V)
+            out = {"logp" if name == "" else "masked": token_logprobs(logits, targets)}
+            if not exact:
+                return out, None
+            dist = logits.log_softmax(-1)
+            return out | {f"{name}entropy": exact_entropy(dist)}, dist
+        values, dist = read(hidden, "")
+        if blind is not None:
+            with torch.set_grad_enabled(masked_grad and torch.is_grad_enabled()):
+                more, blind_dist = read(blind, "masked_")
+            values |= more
+            if exact:
+                values["kl"], values["clamped"] = exact_kl(dist, blind_dist, kl_clamp)
+        return values
+
+    def hidden(self, x):
+        """-> (tokens, width): the outputs that predict the scored tokens."""
+        unseen = self.look_at_nothing() if x.pixel_values is None and self.always_look else 0.0
+        if self.flat:
+            from torch.nn.attention.flex_attention import create_block_mask
+            rows, S = x.input_ids.shape
+            allowed = create_block_mask(may_see(x.group, x.response), rows, None, S, S, device=x.input_ids.device)
+        else:
+            allowed = boolean_mask(x)
+        hidden = self.vlm.model(input_ids=x.input_ids, position_ids=x.position_ids, pixel_values=x.pixel_values, image_grid_thw=x.grid,
+                                attention_mask=allowed, use_cache=False).last_hidden_state + unseen         # (rows, S, width)
+        return hidden[x.row[x.mask], x.predictor[x.mask]]
+
+    def look_at_nothing(self):
+        """Run the vision tower on one token's worth of zeros, weighed with 0. A sharded tower is gathered by all processes together:
+        one whose prompts have no picture would leave the others waiting for it, in the forward and in the backward pass."""
+        vision = self.vlm.config.vision_config
+        rows, width = vision.spatial_merge_size**2, 3 * vision.temporal_patch_size * vision.patch_size**2
+        side = vision.spatial_merge_size
+        device = self.banned.device
+        seen = self.vlm.model.get_image_features(torch.zeros(rows, width, device=device), torch.tensor([[1, side, side]], device=device))
+        return 0.0 * sum(t.sum() for t in [*seen.pooler_output, *(f for level in getattr(seen, "deepstack_features", None) or [] for f in level)])
 
     @staticmethod
     def unpack(values, mask):
         """One value a token, (tokens,), to its place: (B, G, R), 0 where mask is false."""
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def score_only(policy, *args, **kwargs):
+    """Scores without a gradient. FSDP2 leaves the root's weights whole after a forward pass, for the backward pass to find them; where
+    none follows, they must go, or what is written to the parameters next is written to a copy."""
+    scores = policy(*args, **kwargs)
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    return scores
 
 
 def load_processors(folder, cfg):
@@ -154,9 +169,9 @@ def banned_tokens(folder, tok):
 
 def resolve_folder(name, warm_steps):
     """A local folder as it is; a hub name downloaded once; the toy made once."""
-    if name == "toy":
+    if name in TOYS:
         from warm import build
-        return build(warm_steps)
+        return build(warm_steps, name)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -166,13 +181,35 @@ def resolve_folder(name, warm_steps):
         fail(f"model {name!r} is neither a folder here nor reachable on the hub ({type(error).__name__})")
 
 
-def shard(policy, dtype):
-    """FSDP2: every decoder layer and vision block, then the rest. Master weights and reductions float32, compute in dtype."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
-        fully_shard(block, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
+def sharded_policy(folder, banned, cfg, device):
+    """A Policy sharded over all processes by FSDP2: every decoder layer and vision block, then the rest. Master weights and
+    reductions float32, compute in cfg.dtype.
+
+    Only rank 0 reads the model, into host memory; the others start from a model without memory, and are sent their shards.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    whole = Policy(load_vlm(folder), banned) if dist.get_rank() == 0 else None
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa", dtype=torch.float32).eval()
+    policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
+    policy.always_look = True
+    settings = dict(mp_policy=MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32),
+                    offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy())
+    for block in [*vlm.model.visual.blocks, *vlm.model.language_model.layers]:
+        fully_shard(block, **settings)
+    fully_shard(policy, **settings)
+    policy.to_empty(device="cpu" if cfg.cpu_offload else device)
+    vlm.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False, cpu_offload=cfg.cpu_offload)
+    set_model_state_dict(policy, whole.state_dict() if whole else {}, options=options)
+    sources = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in policy.named_buffers():             # not in the state: the tables of the rotary positions, the ban
+        value = sources[name].to(device) if whole else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, 0)
+        module, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(module), leaf, value)
+    return policy
 
 
 def full_parameters(policy):
@@ -190,5 +227,6 @@ def save_hf(policy, folder, source, rank):
     if rank == 0:
         policy.vlm.save_pretrained(folder, state_dict=weights)
         for file in Path(source).iterdir():
-            if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json") and not (folder / file.name).exists():
+            wanted = file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json")
+            if wanted and (not (folder / file.name).exists() or file.name == "generation_config.json"):
                 shutil.copy(file, folder)

@@ -73,6 +73,7 @@ OBJECTIVES_AND_ALGORITHMS = {("paper", a): dict(loss_mean="token") for a in ("da
 class Group:
     """G responses to one prompt with their scores; reward and advantage are two things."""
     position: int                     # place in the stream of training prompts: names the prompt in every random draw
+    prompt_tokens: int
     rollout: object                   # rollout.Rollout: tokens, log-probs, finished or cut off
     scores: list                      # G dicts: overall, format, accuracy, overlong_penalty
     counts: list                      # G bools: is the response part of the loss?
@@ -84,6 +85,10 @@ class Group:
     @property
     def rewards(self):                # (G,)
         return self.values("overall") + self.values("overlong_penalty")
+
+    @property
+    def packed_tokens(self):          # in the training passes, where the prompt is computed once
+        return self.prompt_tokens + sum(map(len, self.rollout.tokens))
 
     @property
     def lengths(self):                # of the responses that count

@@ -20,7 +20,7 @@ from PIL import Image
 from data import encode, load
 from loss import k3
 from masking import picture
-from model import pack
+from model import score_only
 from papo import PERCEPTION
 
 PANELS = [("reward and accuracy", ["reward", "accuracy", "val_accuracy"]), ("KL to the masked picture (nats a token)", ["perception_kl"]),
@@ -189,11 +189,10 @@ def samples(run, out, step, questions=4, n=4):
     rollouts = run.sampler.generate(prompts, n, [(run.cfg.seed, "samples", e.id) for e in examples])
     blocks = [f"<h2>after step {step}</h2>"]
     for prompt, rollout in zip(prompts, rollouts):
-        packed, pictures, kl = pack(run.policy.vlm, [prompt], [rollout.tokens]), "", None
+        packed, pictures, kl = run.policy.pack([prompt], [rollout.tokens]), "", None
         if prompt.grid is not None:
             masked = run.mask(prompt, "samples mask", prompt.example.id)
-            with torch.no_grad():
-                scores = run.policy(packed.to(run.device), dataclasses.replace(packed, pixel_values=masked).to(run.device))
+            scores = score_only(run.policy, packed.to(run.device), dataclasses.replace(packed, pixel_values=masked).to(run.device))
             kl = k3(scores.logp, scores.masked)[0][0].cpu()                                                     # (G, R)
             first = int(prompt.grid[0].prod())
             pictures = "".join(_png(picture(x[:first], prompt.grid[0], run.image_processor)) for x in (prompt.pixel_values, masked))

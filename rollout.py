@@ -19,7 +19,8 @@ from config import fail
 from data import generator
 from loss import policy_logits
 from masking import picture
-from model import full_parameters, prompt_positions
+from model import full_parameters
+from packing import prompt_positions
 
 
 @dataclass

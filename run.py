@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from config import fail
 from data import Stream, generator, load
 from masking import Masker
-from model import DTYPES, Policy, banned_tokens, load_processors, load_vlm, pack, resolve_folder, shard
+from model import DTYPES, Policy, banned_tokens, load_processors, load_vlm, resolve_folder, score_only, sharded_policy
 from reward import Grader, compute_score
 from rollout import build_sampler, check_sync
 
@@ -34,22 +35,24 @@ class Run:
         sharded = cuda or self.world > 1                       # one CPU process needs neither shards nor mixed precision
         if sharded and not dist.is_initialized():
             method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
-            dist.init_process_group("nccl" if cuda else "gloo", init_method=method, rank=self.rank, world_size=self.world)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=method, rank=self.rank, world_size=self.world)
         folder = resolve_folder(cfg.model, cfg.warm_steps) if self.rank == 0 else None       # rank 0 makes or fetches it,
         self.barrier()                                                                       # the others wait
         self.folder = folder or resolve_folder(cfg.model, cfg.warm_steps)
         self.tok, self.image_processor = load_processors(self.folder, cfg)
-        vlm = load_vlm(self.folder).to(self.device)
         self.banned = banned_tokens(self.folder, self.tok).to(self.device)
-        self.policy = Policy(vlm, self.banned, cfg.temperature)
-        self.reference = None
-        if cfg.beta > 0:
-            self.reference = Policy(load_vlm(self.folder).to(self.device), self.banned, cfg.temperature).requires_grad_(False)
-        if sharded:
-            for policy in filter(None, [self.policy, self.reference]):
-                shard(policy, DTYPES[cfg.dtype])
-            if cfg.sampler == "hf":
-                vlm = load_vlm(self.folder, DTYPES[cfg.dtype]).to(self.device)   # the sampler's own whole copy
+
+        def new_policy():
+            if sharded:
+                return sharded_policy(self.folder, self.banned, cfg, self.device)
+            return Policy(load_vlm(self.folder), self.banned, cfg.temperature, cfg.packing == "flat")
+        self.policy = new_policy()
+        self.reference = new_policy().requires_grad_(False) if cfg.beta > 0 else None
+        if cfg.activation_checkpointing:
+            self.policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        vlm = self.policy.vlm
+        if sharded and cfg.sampler == "hf":
+            vlm = load_vlm(self.folder, DTYPES[cfg.dtype]).to(self.device)       # the sampler's own whole copy
         engine = replace(cfg, sleep=self.sleep_level()) if cuda else cfg
         self.sampler = build_sampler(engine, self.folder, vlm, self.tok, self.image_processor, self.banned, self.world)
         self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -60,6 +63,11 @@ class Run:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def sync_gradients(self, now):
+        """Whether the next backward pass exchanges gradients between processes; before the last one they only add up."""
+        if isinstance(self.policy, FSDPModule):
+            self.policy.set_requires_gradient_sync(now)
 
     def close(self):
         """Let go of the grader's process, the engine and the process group."""
@@ -92,12 +100,11 @@ class Run:
         prompts = [p for p in (self.readable(self.rank * questions + i) for i in range(questions)) if p is not None]
         return check_sync(self.sampler, self.policy, prompts, self.logprobs, SYNC_TOLERANCE[self.cfg.dtype], names[:len(prompts)])
 
-    @torch.no_grad()
     def logprobs(self, prompts, rollouts):
         """The trainer's log-probs of sampled tokens -> a list of (n,) tensors, prompt by prompt, response by response."""
         pairs = [(p, r.tokens) for p, r in zip(prompts, rollouts) if r]
-        packed = pack(self.policy.vlm, *zip(*pairs)).to(self.device)
-        logp = self.policy(packed).logp.cpu()
+        packed = self.policy.pack(*zip(*pairs)).to(self.device)
+        logp = score_only(self.policy, packed).logp.cpu()
         return [logp[b, g, :len(t)] for b, (_, tokens) in enumerate(pairs) for g, t in enumerate(tokens)]
 
     def readable(self, position):

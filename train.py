@@ -27,7 +27,8 @@ import checkpoint
 import report
 from config import check, fail, parser, resolve
 from eval import evaluate_splits, splits_of, table
-from model import Packed, Scores, pack
+from model import Scores, score_only
+from packing import Packed, batches_within
 from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
 from run import Run
 
@@ -59,7 +60,7 @@ def roll_out(run, step, positions):
                 continue
             late = overlong_penalty(torch.tensor([len(t) for t in r.tokens]), cfg.max_response_tokens, cfg.overlong_buffer)
             scores = [run.score(text, prompt.example.answer) | {"overlong_penalty": x} for text, x in zip(r.texts, late.tolist())]
-            groups.append(Group(p, r, scores, [finished or not cfg.mask_cut_off for finished in r.finished]))
+            groups.append(Group(p, len(prompt.ids), r, scores, [finished or not cfg.mask_cut_off for finished in r.finished]))
     return sorted(run.gather(groups), key=lambda g: g.position)
 
 
@@ -77,13 +78,15 @@ def collect(run, step):
 
 def micro_batches(run, groups, step):
     """This process's share of one update's groups -> [Micro]"""
-    cfg, share = run.cfg, len(groups) // run.world
-    mine, batches = groups[run.rank * share:(run.rank + 1) * share], []
-    for i in range(0, share, cfg.prompts_per_forward):
-        part = mine[i:i + cfg.prompts_per_forward]
+    cfg, n, batches = run.cfg, len(groups) // run.world, []
+    shares = [groups[r * n:(r + 1) * n] for r in range(run.world)]
+    lengths = [[g.packed_tokens for g in share] for share in shares]
+    passes = max(len(batches_within(x, cfg.tokens_per_forward)) for x in lengths)       # the same number on every process
+    for chosen in batches_within(lengths[run.rank], cfg.tokens_per_forward, passes):
+        part = [shares[run.rank][i] for i in chosen]
         prompts = [run.stream[g.position] for g in part]
         scored = [[torch.full((len(t),), counts) for t, counts in zip(g.rollout.tokens, g.counts)] for g in part]
-        packed = pack(run.policy.vlm, prompts, [g.rollout.tokens for g in part], scored)
+        packed = run.policy.pack(prompts, [g.rollout.tokens for g in part], scored)
         masked, sees = packed, [p.grid is not None for p in prompts]
         if any(sees) and (cfg.gamma or cfg.eta2):              # I_mask: one draw a prompt, shared by its G responses
             hidden = [run.mask(p, "mask", step, g.position) for p, g in zip(prompts, part)]
@@ -97,7 +100,6 @@ def micro_batches(run, groups, step):
     return batches
 
 
-@torch.no_grad()
 def score_fixed(run, updates):
     """What stays as it is while a step's updates change the weights: old, reference, and the masked branch unless recomputed."""
     cfg = run.cfg
@@ -105,13 +107,13 @@ def score_fixed(run, updates):
         for micro in batches:
             if u > 0:                                          # before the first update pi_old is pi_theta itself
                 with run.phase("old"):
-                    micro.old = run.policy(micro.picture).logp
+                    micro.old = score_only(run.policy, micro.picture).logp
             if (cfg.gamma or cfg.eta2) and not cfg.recompute_masked:
                 with run.phase("masked"):
-                    micro.blind = run.policy(micro.masked, exact=cfg.entropy == "exact")
+                    micro.blind = score_only(run.policy, micro.masked, exact=cfg.entropy == "exact")
             if run.reference is not None:
                 with run.phase("reference"):
-                    micro.ref = run.reference(micro.picture).logp
+                    micro.ref = score_only(run.reference, micro.picture).logp
 
 
 def score_current(run, micro):
@@ -127,13 +129,16 @@ def score_current(run, micro):
 def update(run, batches, total_tokens, total_responses):
     """One optimiser update over this process's micro-batches -> (sums over all processes, gradient norm, learning rate)."""
     cfg, totals = run.cfg, {}
-    for micro in batches:
+    run.policy.train()                                                           # for activation checkpointing; there is no dropout
+    for i, micro in enumerate(batches):
+        run.sync_gradients(i == len(batches) - 1)
         scores, mask = score_current(run, micro), micro.picture.mask
         old = scores.logp.detach() if micro.old is None else micro.old
         loss, sums = objective(scores, old, micro.ref, micro.sampled, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
         (loss * run.world).backward()                                            # FSDP averages over processes; J sums
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.double()
+    run.policy.eval()
     names = sorted(totals)
     stacked = torch.stack([totals[n] for n in names])
     if run.world > 1:

@@ -1,6 +1,6 @@
-"""The toy policy: a tiny real Qwen2.5-VL, and the short supervised warm start that brings it to where RL has something to do.
+"""The toy policy: a tiny real Qwen2.5-VL or Qwen3-VL, and the short supervised warm start that brings it to where RL has something to do.
 
-It is transformers' own Qwen2_5_VLForConditionalGeneration with a small config and a word-level tokenizer, saved in Hugging Face
+It is transformers' own class with a small config and a word-level tokenizer, saved in Hugging Face
 format: nothing that loads it can tell that it is a toy.
 """
 import hashlib
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data import Example, encode, generator
 from masking import black_row, choose_patches, mask_patches
-from model import Policy, pack
+from model import Policy
+from packing import pack
 from toy import CELL, COLOURS, FAMILIES, GRID, HINT_RIGHT, NAMES, SHAPES, ask, describe, draw, random_board
 
 CARELESS = 0.5                           # how often the warm start's last teacher misreads a fact, and writes a random one
@@ -42,24 +43,28 @@ def tokenizer():
                                    chat_template=CHAT_TEMPLATE)
 
 
-def new_policy(tok, seed=0):
-    """transformers' own Qwen2.5-VL with random weights and a small config (about 0.9 M parameters)."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def new_policy(tok, name="toy", seed=0):
+    """transformers' own Qwen2.5-VL (or, for toy-qwen3, Qwen3-VL) with random weights and a small config, under a million parameters."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
     ids = {f"{n}_token_id": tok.convert_tokens_to_ids(t) for n, t in
            [("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"),
             ("vision_end", "<|vision_end|>")]}
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-                         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
-                         bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-                         tie_word_embeddings=True),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
-                           patch_size=14, window_size=GRID * CELL, fullatt_block_indexes=[1]),
-        tie_word_embeddings=True, **ids)
+    text = dict(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=tok.eos_token_id,
+                pad_token_id=tok.pad_token_id, tie_word_embeddings=True)
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if name == "toy":
+        text["rope_parameters"] = {**rope, "mrope_section": [4, 6, 6]}
+        vision |= dict(patch_size=14, window_size=GRID * CELL, fullatt_block_indexes=[1])
+        kind, config = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig
+    else:
+        text |= dict(head_dim=32, rope_parameters={**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True})
+        vision |= dict(patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0])
+        kind, config = Qwen3VLForConditionalGeneration, Qwen3VLConfig
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = kind(config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
         for p in model.parameters():                 # std 0.02 is for wide models; a narrow one starts too quiet
             if p.ndim > 1:
                 p.data.normal_(0, 0.06)
@@ -128,22 +133,28 @@ def warm_start(vlm, tok, image_processor, steps, pictures=16, lr=2e-3):
     vlm.eval()
 
 
-def build(steps):
+def processor(name):
+    """The image processor of a toy, Qwen's own: patches of 14 pixels and the mean of CLIP's data, or 16 and a half."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    limits = dict(min_pixels=CELL**2, max_pixels=64 * CELL**2)
+    return Qwen2VLImageProcessorPil(**limits) if name == "toy" else \
+        Qwen2VLImageProcessorPil(**limits, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def build(steps, name="toy"):
     """The warm-started toy policy as a Hugging Face folder; made once, cached by a hash of all it depends on."""
     import transformers
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     here = Path(__file__).parent
-    source = "".join((here / name).read_text() for name in ("warm.py", "toy.py", "data.py", "model.py", "loss.py", "masking.py"))
+    source = "".join((here / name).read_text() for name in ("warm.py", "toy.py", "data.py", "model.py", "packing.py", "loss.py", "masking.py"))
     key = hashlib.sha256(f"{source}{steps}{torch.__version__}{transformers.__version__}".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
-    folder = cache / f"toy-{key}"
+    folder = cache / f"{name}-{key}"
     if folder.is_dir():
         return folder
     tok = tokenizer()
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=CELL**2, max_pixels=64 * CELL**2)
-    vlm = new_policy(tok)
+    image_processor, vlm = processor(name), new_policy(tok, name)
     warm_start(vlm, tok, image_processor, steps)
-    making = cache / f"making-{key}-{os.getpid()}"
+    making = cache / f"making-{name}-{key}-{os.getpid()}"
     vlm.save_pretrained(making)
     tok.save_pretrained(making)
     image_processor.save_pretrained(making)

@@ -9,15 +9,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import resolve  # noqa: E402
+from config import TOYS, resolve  # noqa: E402
 from data import encode  # noqa: E402
 from model import Policy, banned_tokens, load_processors, load_vlm  # noqa: E402
 from toy import ToyData  # noqa: E402
 from warm import build  # noqa: E402
 
 WARM = 60       # enough that responses are well formed and some are right; about 20 s, then cached
-SMALL = ["--sampler", "hf", "--warm_steps", str(WARM), "--prompts_per_step", "4", "--prompts_per_update", "2", "--prompts_per_forward", "1",
+SMALL = ["--sampler", "hf", "--warm_steps", str(WARM), "--prompts_per_step", "4", "--prompts_per_update", "2", "--tokens_per_forward", "1",
          "--group_size", "4", "--eval_questions", "4", "--eval_n", "2", "--eval_every", "0"]
+
+
+# For tests of what differs between the families: patch size, positions, where the picture enters.
+both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="session")
 
 
 def command(script, *flags, **kwargs):
@@ -25,9 +29,14 @@ def command(script, *flags, **kwargs):
     return subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300, **kwargs)
 
 
+@pytest.fixture(scope="session", params=["toy"])
+def toy_name(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def folder():
-    return build(WARM)
+def folder(toy_name):
+    return build(WARM, toy_name)
 
 
 @pytest.fixture(scope="session")

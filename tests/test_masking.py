@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from conftest import both_families
 from data import Example, encode, generator
 from masking import DINO_LAYERS, Masker, Saliency, black_row, blacken_cells, choose_patches, mask_patches, picture, row_order
 
@@ -68,6 +69,7 @@ def test_black_row_is_what_the_processor_makes_of_a_black_picture(image_processo
     assert black_row(image_processor).abs().min() > 0.9               # normalised black is far from 0
 
 
+@both_families
 def test_masked_rows_are_black_the_others_untouched_and_the_input_unchanged(prompts, processors):
     pixels = prompts[0].pixel_values
     before, black = pixels.clone(), black_row(processors[1])
@@ -131,6 +133,7 @@ def two_pictures(processors):
 KINDS = ["random", "raw", "semantic", "noise", "contrast"]
 
 
+@both_families
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_changes_every_picture_and_never_its_input(kind, cfg, processors, two_pictures, dino):
     hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=dino)

@@ -1,13 +1,19 @@
 """The packed forward gives what one row per response gives, for one prompt each."""
 from dataclasses import replace
 
+import pytest
 import torch
 
-from conftest import random_responses
+import model
+from conftest import both_families, random_responses
 from data import Example, encode, generator
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from masking import black_row, choose_patches, mask_patches
-from model import pack
+from model import Policy, load_vlm
+from packing import boolean_mask, pack
+
+
+pytestmark = both_families
 
 
 def one_by_one(policy, prompt, tokens):
@@ -91,7 +97,7 @@ def distributions(policy, packed):
     """The plain way to the same positions: the logits of the whole row, and then the rows wanted. -> {(b, g, t): (V,)}"""
     logits = policy.vlm.lm_head(policy.vlm.model(
         input_ids=packed.input_ids, position_ids=packed.position_ids, pixel_values=packed.pixel_values, image_grid_thw=packed.grid,
-        attention_mask={"full_attention": packed.allowed}, use_cache=False).last_hidden_state)
+        attention_mask=boolean_mask(packed), use_cache=False).last_hidden_state)
     return {(b, g, t): policy_logits(logits[b, packed.predictor[b, g, t]], policy.temperature, policy.banned).log_softmax(-1)
             for b, g, t in packed.mask.nonzero().tolist()}
 
@@ -141,3 +147,86 @@ def test_gradients_reach_the_branch_they_are_meant_for(policy, prompts, processo
             assert scale > 1e-3
             for n in want:
                 assert torch.allclose(got[n], want[n], atol=2e-5 * scale), (name, masked_grad, n)
+
+
+# ------------------------------------------------------------------------------------------------ layouts, chunks, budgets
+
+def test_flat_is_rows(folder, policy, prompts, processors):
+    """All groups in one row with FlexAttention, as on a GPU (a CPU can run it forwards only)."""
+    mixed = ragged_prompts(prompts, processors)
+    groups = random_responses(mixed, processors[0])
+    flat = Policy(load_vlm(folder), policy.banned, policy.temperature, flat=True)
+    packed = flat.pack(mixed, groups)
+    assert packed.input_ids.shape == (1, 1024)
+    with torch.no_grad():
+        assert torch.allclose(flat(packed).logp, policy(policy.pack(mixed, groups)).logp, atol=1e-5)
+
+
+def test_the_flat_layout_hides_the_same_from_each_token(policy, prompts, processors):
+    mixed = ragged_prompts(prompts, processors)
+    groups = random_responses(mixed, processors[0])
+    rows, flat = pack(policy.vlm, mixed, groups), pack(policy.vlm, mixed, groups, flat=True)
+    for name in ("targets", "mask"):
+        assert torch.equal(getattr(rows, name), getattr(flat, name))
+    seen = []
+    for packed in (rows, flat):
+        allowed, ids, m = boolean_mask(packed)[:, 0], packed.input_ids, packed.mask
+        seen.append([(ids[r][allowed[r, q]].tolist(), packed.position_ids[:, r, allowed[r, q]].tolist())
+                     for r, q in zip(packed.row[m].tolist(), packed.predictor[m].tolist())])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("masked_grad", [False, True])
+def test_chunked_is_unchunked(exact, masked_grad, policy, prompts, processors, monkeypatch):
+    """In pieces of three tokens, made again in the backward pass: the same values and the same gradients."""
+    packed, masked = two_branches(policy, prompts, processors)
+
+    def run():
+        s = policy(packed, masked, masked_grad, exact)
+        parts = [s.logp, s.masked, *((s.entropy, s.masked_entropy, s.kl[0]) if exact else ())]
+        return s, gradients(policy, sum((i + 1) * x.sum() for i, x in enumerate(parts)))
+    whole, grad = run()
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 3 * policy.vlm.config.text_config.vocab_size)
+    sizes, lm_head = [], policy.vlm.lm_head.forward
+    monkeypatch.setattr(policy.vlm.lm_head, "forward", lambda h: sizes.append(len(h)) or lm_head(h))
+    pieces, grad_again = run()
+    assert max(sizes) == 3 and sum(sizes) >= 2 * packed.mask.sum()
+    for a, b in zip([*whole[:4], *(whole.kl or ())], [*pieces[:4], *(pieces.kl or ())]):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+    for n in grad:
+        assert torch.allclose(grad[n], grad_again[n], atol=1e-5 * max(1.0, grad[n].abs().max().item())), n
+
+
+def test_looking_at_nothing_changes_nothing_but_reaches_the_tower(policy, prompts, processors):
+    """What a process does whose prompts have no picture, while others wait for it in the vision tower."""
+    text = [encode(Example("t", "how many red objects are there ?", "3"), *processors)]
+    packed = policy.pack(text, random_responses(text, processors[0]))
+    plain = policy(packed).logp
+    policy.always_look = True
+    logp = policy(packed).logp
+    assert torch.equal(plain, logp)
+    logp.sum().backward()
+    tower = [p.grad for p in policy.vlm.model.visual.parameters()]
+    assert all(g is not None and not g.any() for g in tower)
+
+
+def test_one_response_and_cut_off_responses(policy, prompts, processors):
+    """G = 1, and responses of which some tokens do not count."""
+    tokens = random_responses(prompts[:1], processors[0])[0][0]
+    assert torch.allclose(policy(policy.pack(prompts[:1], [[tokens]])).logp[0, 0], one_by_one(policy, prompts[0], tokens), atol=1e-5)
+    groups = random_responses(prompts[:2], processors[0])
+    scored = [[torch.full((len(t),), g != 1) for g, t in enumerate(group)] for group in groups]
+    all_of_them, some = policy(policy.pack(prompts[:2], groups)).logp, policy(policy.pack(prompts[:2], groups, scored)).logp
+    assert not some[:, 1].any() and torch.allclose(some[:, [0, 2]], all_of_them[:, [0, 2]], atol=1e-6)
+
+
+def test_bfloat16_stays_near(policy, prompts, processors):
+    """Largest and mean difference of a log-prob from float32, in nats."""
+    groups = random_responses(prompts, processors[0])
+    packed = policy.pack(prompts, groups)
+    with torch.no_grad():
+        exact = policy(packed).logp
+        half = policy.to(torch.bfloat16)(replace(packed, pixel_values=packed.pixel_values.bfloat16())).logp
+    difference = (exact - half).abs()[packed.mask]
+    assert half.dtype == torch.float32 and difference.mean() < 0.05 and difference.max() < 0.5

@@ -263,7 +263,7 @@ class Questions:
     def __call__(self, n):
         groups = [self.right[(self.drawn + i) % len(self.right)] for i in range(n)]
         self.drawn += n
-        return [Group(i, None, [{"accuracy": float(g < k)} for g in range(self.G)], [True] * self.G) for i, k in enumerate(groups)]
+        return [Group(i, 0, None, [{"accuracy": float(g < k)} for g in range(self.G)], [True] * self.G) for i, k in enumerate(groups)]
 
 
 def test_dynamic_sampling_refills_and_counts():

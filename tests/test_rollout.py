@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import torch
 
+from conftest import both_families
 from data import generator
 from loss import policy_logits
-from model import pack
+from packing import pack
 from rollout import TransformersSampler, nucleus
 
 
@@ -14,6 +15,7 @@ def roll(policy, processors, cfg, prompts, n=4, **changes):
     return sampler.generate(prompts, n, [(0, "sample", 0, i) for i in range(len(prompts))])
 
 
+@both_families
 def test_logprobs_agree_with_the_trainer(policy, processors, cfg, prompts):
     """Same temperature, same ban, another code path: prefill and cache against the packed forward."""
     policy.temperature = 0.8
@@ -27,6 +29,7 @@ def test_logprobs_agree_with_the_trainer(policy, processors, cfg, prompts):
     assert packed.mask.sum() == sum(len(t) for r in rollouts for t in r.tokens)
 
 
+@both_families
 def test_eos_is_inside_and_ends_a_response(policy, processors, cfg, prompts):
     eos = processors[0].eos_token_id
     rollouts = roll(policy, processors, cfg, prompts, n=8)
@@ -39,6 +42,7 @@ def test_eos_is_inside_and_ends_a_response(policy, processors, cfg, prompts):
     assert all(len(t) == 3 and not f for r in cut for t, f in zip(r.tokens, r.finished))
 
 
+@both_families
 def test_a_sample_does_not_depend_on_its_batch(policy, processors, cfg, prompts):
     """Same name, same sample: alone, in company, in another order."""
     sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
@@ -51,6 +55,7 @@ def test_a_sample_does_not_depend_on_its_batch(policy, processors, cfg, prompts)
     assert all(torch.equal(x, y) for a, b in zip(reverse, together) for x, y in zip(a.tokens, b.tokens))
 
 
+@both_families
 def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
     """Even a policy that wants nothing else: without the ban the next forward would look for a picture that is not there."""
     image = policy.vlm.config.image_token_id
@@ -76,6 +81,7 @@ def test_nucleus_by_hand():
     assert torch.equal(nucleus(p, 1.0), p) and torch.equal(nucleus(p, 1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
+@both_families
 def test_logprobs_are_those_before_the_nucleus(policy, processors, cfg, prompts):
     """With top_p < 1 the trainer scores the whole distribution; so does the sampler, or their difference would be no error bar."""
     rollouts = roll(policy, processors, cfg, prompts[:2], top_p=0.5)
@@ -85,6 +91,7 @@ def test_logprobs_are_those_before_the_nucleus(policy, processors, cfg, prompts)
         assert all(torch.allclose(logp[b, g, :len(x)], x, atol=1e-4) for g, x in enumerate(r.logprobs))
 
 
+@both_families
 def test_a_prompt_that_is_too_long_is_refused_with_its_name(policy, processors, cfg, prompts, capsys):
     short = [p for p in prompts if len(p.ids) < max(len(p.ids) for p in prompts)]
     assert 0 < len(short) < len(prompts)
@@ -94,6 +101,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_name(policy, processors, 
         assert (r is not None) == (p in short) and (f"example {p.example.id} is left out" in said.out + said.err) == (p not in short)
 
 
+@both_families
 def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, prompts):
     from model import load_vlm
     sampler = TransformersSampler(load_vlm(folder), processors[0], policy.banned, cfg)

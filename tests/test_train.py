@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from config import Config
 from conftest import ROOT, SMALL, command
+from toy import ToyData
 
 NUMBERS = ["reward", "accuracy", "format", "loss", "policy_loss", "entropy", "clip_high_fraction", "clip_low_fraction",
            "response_tokens", "cut_off", "grad_norm", "lr", "seconds", "tokens_per_second", "peak_memory_gb"]
@@ -143,26 +144,59 @@ def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
     assert [m["step"] for m in metrics(out)] == list(range(1, step + 2))
 
 
-@pytest.mark.parametrize("objective", [[], *(pytest.param(x, marks=pytest.mark.slow) for x in (["--objective", "paper"], ["--perception", "exact", "--entropy", "exact", "--masked_grad", "--eta2", "0.03"]))],
-                         ids=["official", "paper", "exact"])
-def test_two_processes_are_one(objective, tmp_path):
-    """FSDP2 over gloo: the same losses, rewards and gradient norms as one process."""
-    flags = ["--algo", "papo_g", "--steps", "2", *objective, *SMALL]
-    train(tmp_path / "one", "--algo", "papo_g", "--steps", 2, *objective)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                           "--out", tmp_path / "two", *flags], cwd=ROOT, text=True, capture_output=True, timeout=300)
+def train_on(processes, out, *flags):
+    """train.py on so many processes -> its metrics."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [sys.executable]
+    done = subprocess.run([*map(str, launch), "train.py", "--out", out, *SMALL, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for name in ["reward", "accuracy", "loss", "policy_loss", "ref_kl", "perception_kl", "entropy", "masked_entropy", "grad_norm"]:
+    return metrics(out)
+
+
+SAME = ["reward", "accuracy", "loss", "policy_loss", "ref_kl", "perception_kl", "entropy", "masked_entropy", "grad_norm"]
+
+
+@pytest.mark.parametrize("flags", [
+    [], *(pytest.param(x, marks=pytest.mark.slow) for x in (
+        ["--objective", "paper"], ["--perception", "exact", "--entropy", "exact", "--masked_grad", "--eta2", "0.03"],
+        ["--model", "toy-qwen3", "--activation_checkpointing", "--tokens_per_forward", "400"]))],
+    ids=["official", "paper", "exact", "qwen3"])
+def test_two_processes_are_one(flags, tmp_path):
+    """FSDP2 over gloo: the same losses, rewards and gradient norms as one process, and the same weights after three updates and more."""
+    one, two = (train_on(n, tmp_path / str(n), "--steps", 2, *flags) for n in (1, 2))
+    for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
         assert two[1][name] == pytest.approx(one[1][name], rel=2e-2, abs=1e-4), name
-    x, y = (load_file(tmp_path / n / "checkpoint-2" / "model.safetensors") for n in ("one", "two"))
+    x, y = (load_file(tmp_path / n / "checkpoint-2" / "model.safetensors") for n in ("1", "2"))
     assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
+
+
+def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tmp_path):
+    """Of two prompts one has a picture and one has none: each process gets one of them, and the vision tower needs both."""
+    rows = [{"problem": "<image> how many red objects are there ?", "answer": "3", "images": [str(tmp_path / "a.png")]},
+            {"problem": "how many red objects are there ?", "answer": "3", "images": []}]
+    ToyData("train", 1)[0].images[0].save(tmp_path / "a.png")
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model", folder, "--data", tmp_path / "mixed.jsonl", "--prompts_per_step", 2, "--max_response_tokens", 16, "--tokens_per_forward", 1,
+             "--dtype", "float32", "--packing", "rows", "--lr", "1e-4", "--eval_questions", 2, "--steps", 2]
+    one, two = (train_on(n, tmp_path / str(n), *flags) for n in (1, 2))
+    for name in SAME:
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
+    """Two steps on some processes and the third on others: the third is that of a run that stayed where it was."""
+    whole = train_on(1, tmp_path / "whole", "--steps", 3)
+    train_on(first, tmp_path / "moved", "--steps", 2)
+    moved = train_on(then, tmp_path / "moved", "--steps", 3, "--resume")
+    assert [m["step"] for m in moved] == [1, 2, 3]
+    for name in SAME:
+        assert moved[2][name] == pytest.approx(whole[2][name], rel=2e-2, abs=1e-4), name
 
 
 def test_micro_batches_are_memory_only(tmp_path):
     train(tmp_path / "small", "--steps", 1)
-    train(tmp_path / "large", "--steps", 1, "--prompts_per_forward", 2)
+    train(tmp_path / "large", "--steps", 1, "--tokens_per_forward", 400)
     a, b = metrics(tmp_path / "small")[0], metrics(tmp_path / "large")[0]
     for name in ("loss", "perception_kl", "ref_kl", "entropy", "grad_norm", "reward"):
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
@@ -246,7 +280,7 @@ def test_every_knob_has_a_help_line():
 def one_run(tmp_path, folder, **flags):
     import train as module
     from config import check, resolve
-    small = {"sampler": "hf", "prompts_per_step": 4, "prompts_per_update": 2, "prompts_per_forward": 1, "group_size": 4}
+    small = {"sampler": "hf", "prompts_per_step": 4, "prompts_per_update": 2, "tokens_per_forward": 1, "group_size": 4}
     cfg = resolve({"model": str(folder), "data": "toy", "out": str(tmp_path), **small, **flags}, False)[0]
     check(cfg, 1)
     return module, module.Run(cfg)

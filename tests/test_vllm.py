@@ -13,7 +13,8 @@ import rollout
 from config import default_sampler
 from conftest import ROOT, SMALL, command
 from data import Example, encode, generator
-from model import Policy, banned_tokens, full_parameters, load_vlm, pack
+from model import Policy, banned_tokens, full_parameters, load_vlm
+from packing import pack
 from rollout import TransformersSampler, VLLMSampler, check_sync
 
 name, why = default_sampler(torch.cuda.is_available())
