@@ -13,12 +13,13 @@ import rollout
 from config import default_sampler
 from conftest import ROOT, SMALL, command
 from data import Example, encode, generator
-from model import Policy, banned_tokens, full_parameters, load_vlm
+from model import Policy, banned_tokens, full_parameters, load_processors, load_vlm
 from packing import pack
 from rollout import TransformersSampler, VLLMSampler, check_sync
 
 name, why = default_sampler(torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(name != "vllm", reason=f"no vLLM engine: {why}")
+qwen3 = pytest.mark.parametrize("toy_name", ["toy", pytest.param("toy-qwen3", marks=pytest.mark.slow)], indirect=True, scope="session")
 TEMPERATURE = 0.8
 
 
@@ -28,10 +29,9 @@ def vllm_cfg(cfg):
 
 
 @pytest.fixture(scope="module")
-def mixed(processors, prompts):
+def mixed(folder, vllm_cfg, prompts):
     """One picture, no picture, two pictures, and pictures that have to be enlarged and shrunk."""
-    tok, image_processor = processors
-    image_processor = type(image_processor)(min_pixels=56 * 56, max_pixels=140 * 140)
+    tok, image_processor = load_processors(folder, vllm_cfg)
     pictures = [p.example.images[0] for p in prompts[:2]]
     noise = [Image.effect_noise(size, 90).convert("RGB") for size in ((30, 40), (333, 250))]
     examples = [prompts[0].example, Example("none", "how many red objects are there ?", "3"), Example("two", "<image> and <image> same ?", "3", pictures),
@@ -77,6 +77,7 @@ def perturb(policy, amount=0.02):
             p.add_(amount * torch.randn(p.shape, generator=generator("perturb", tuple(p.shape))))
 
 
+@qwen3
 def test_greedy_tokens_are_those_of_transformers(engine, trainer, mixed, vllm_cfg, monkeypatch):
     greedy = replace(vllm_cfg, top_p=1e-9)                            # the nucleus of one token
     monkeypatch.setattr(engine, "cfg", greedy)
@@ -88,6 +89,7 @@ def test_greedy_tokens_are_those_of_transformers(engine, trainer, mixed, vllm_cf
     assert sum(len(r.tokens[0]) for r in ours) > 30
 
 
+@qwen3
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_logprobs_agree_with_the_trainers(top_p, engine, trainer, mixed, vllm_cfg, monkeypatch):
     """At temperature 0.8, with a ban, and with a nucleus: scored is the distribution before it is cut."""
@@ -97,12 +99,14 @@ def test_logprobs_agree_with_the_trainers(top_p, engine, trainer, mixed, vllm_cf
     assert len({tuple(t.tolist()) for r in rollouts for t in r.tokens}) > 10
 
 
+@qwen3
 def test_samples_have_a_name(engine, prompts):
     a, b, c = (engine.generate(prompts[:4], 3, names(prompts[:4], step)) for step in (1, 1, 2))
     same = lambda x, y: all(torch.equal(s, t) for p, q in zip(x, y) for s, t in zip(p.tokens, q.tokens))
     assert same(a, b) and not same(a, c)
 
 
+@qwen3
 def test_more_prompts_than_fit_into_one_step_of_the_engine(engine, trainer, prompts):
     """Prompts that are prefilled in chunks would end the CPU build here."""
     many = [replace(p, ids=torch.cat([p.ids[:-2], p.ids[-12:-2].repeat(10), p.ids[-2:]])) for p in prompts * 4]
@@ -111,6 +115,7 @@ def test_more_prompts_than_fit_into_one_step_of_the_engine(engine, trainer, prom
     assert None not in rollouts and gap(trainer, many, rollouts) < 1e-4
 
 
+@qwen3
 def test_eos_is_inside_and_the_length_limit_is_marked(engine, prompts):
     eos, rollouts = engine.tok.eos_token_id, engine.generate(prompts, 8, names(prompts))
     assert any(f for r in rollouts for f in r.finished)
@@ -120,6 +125,7 @@ def test_eos_is_inside_and_the_length_limit_is_marked(engine, prompts):
     assert all(len(t) == 3 and not f for r in engine.generate(prompts, 4, names(prompts), limit=3) for t, f in zip(r.tokens, r.finished))
 
 
+@qwen3
 def test_a_picture_is_encoded_once_for_all_its_responses(engine, mixed):
     """Patches that went through the engine's vision tower, against those of the distinct pictures."""
     engine.engine.reset_encoder_cache()
@@ -132,6 +138,7 @@ def test_a_picture_is_encoded_once_for_all_its_responses(engine, mixed):
     assert sum(patches) == sum(len(p.pixel_values) for p in prompts)
 
 
+@qwen3
 def test_visual_tokens_are_never_sampled(engine, trainer, prompts, processors):
     """A policy that wants nothing else."""
     image = processors[0].convert_tokens_to_ids("<|image_pad|>")
@@ -143,6 +150,7 @@ def test_visual_tokens_are_never_sampled(engine, trainer, prompts, processors):
     assert gap(trainer, prompts, rollouts) < 1e-4
 
 
+@qwen3
 def test_a_refused_prompt_is_named_and_the_others_go_on(engine, prompts, capsys):
     bad = replace(prompts[1], ids=prompts[1].ids[prompts[1].ids != engine.pad], example=replace(prompts[1].example, id="no placeholder"))
     long = replace(prompts[2], ids=prompts[2].ids.repeat(20), example=replace(prompts[2].example, id="endless"))
@@ -154,6 +162,7 @@ def test_a_refused_prompt_is_named_and_the_others_go_on(engine, prompts, capsys)
     assert engine.generate(prompts, 2, names(prompts))[7] is not None                     # and nothing of them is left in the engine
 
 
+@qwen3
 def test_weights_and_caches_are_fresh_after_a_sync(engine, trainer, prompts):
     """The same prompts again, so that whatever a stale prefix or picture cache holds would be used."""
     before = engine.generate(prompts, 2, names(prompts))
@@ -164,6 +173,7 @@ def test_weights_and_caches_are_fresh_after_a_sync(engine, trainer, prompts):
     assert gap(trainer, prompts, after) < 1e-4 and gap(trainer, prompts, before) > 0.05
 
 
+@qwen3
 def test_the_check_finds_a_sync_that_does_nothing_and_one_that_forgets_a_tensor(engine, trainer, prompts, monkeypatch):
     some, score = prompts[:3], lambda p, r: scores(trainer, p, r)
     before = [p.clone() for p in trainer.parameters()]
@@ -181,6 +191,7 @@ def test_the_check_finds_a_sync_that_does_nothing_and_one_that_forgets_a_tensor(
         check_sync(engine, trainer, some, score, 1e-3, names(some))
 
 
+@qwen3
 def test_a_sync_streams(engine, trainer, monkeypatch):
     """At no moment are more than a few of the tensors alive that were gathered for the engine."""
     whole, alive, most = full_parameters, weakref.WeakSet(), [0]
@@ -241,6 +252,7 @@ def test_memory_is_flat_over_200_steps(tmp_path):
     assert late - early < 0.05, (early, late)
 
 
+@qwen3
 def test_an_engine_that_cannot_start_says_why(folder, processors, vllm_cfg):
     with pytest.raises(SystemExit, match="error: the vLLM engine does not start .*max_model_len.*--sampler hf"):
         VLLMSampler(folder, *processors, banned_tokens(folder, processors[0]), replace(vllm_cfg, max_prompt_tokens=5000), 1)
