@@ -58,6 +58,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.stream = Stream(load(cfg.data, "train", 1_000_000, cfg.seed), cfg, self.tok, self.image_processor)
         self.masker, self.grader = Masker(cfg, self.image_processor, self.device), Grader()
+        self.prompts = {}                                      # those that this process has read in this step, by position
         self.cursor = self.updates = self.skipped = 0          # prompts consumed, optimiser updates made, updates refused
 
     def barrier(self):
@@ -110,10 +111,16 @@ class Run:
     def readable(self, position):
         """The training prompt at a position of the stream; None, and a warning, if it cannot be read."""
         try:
-            return self.stream[position]
+            return self.prompt(position)
         except ValueError as error:
             tqdm.write(f"warning: left out: {error}")
             return None
+
+    def prompt(self, position):
+        """The training prompt at a position of the stream, read once a step. Raises ValueError if it cannot be read."""
+        if position not in self.prompts:
+            self.prompts[position] = self.stream[position]
+        return self.prompts[position]
 
     def score(self, text, answer):
         return compute_score(text, answer, self.grader, self.cfg.reward)

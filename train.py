@@ -36,7 +36,7 @@ from run import Run
 @dataclass
 class Micro:
     """One forward pass worth of groups: B of them, and what is known about their tokens before the update."""
-    picture: Packed
+    picture: Packed                   # in host memory until it is used
     masked: Packed                    # the same rows on I_mask; only pixel_values differ
     advantages: torch.Tensor          # (B, G)
     sees: torch.Tensor                # (B,) bool: has a picture
@@ -84,7 +84,7 @@ def micro_batches(run, groups, step):
     passes = max(len(batches_within(x, cfg.tokens_per_forward)) for x in lengths)       # the same number on every process
     for chosen in batches_within(lengths[run.rank], cfg.tokens_per_forward, passes):
         part = [shares[run.rank][i] for i in chosen]
-        prompts = [run.stream[g.position] for g in part]
+        prompts = [run.prompt(g.position) for g in part]
         scored = [[torch.full((len(t),), counts) for t, counts in zip(g.rollout.tokens, g.counts)] for g in part]
         packed = run.policy.pack(prompts, [g.rollout.tokens for g in part], scored)
         masked, sees = packed, [p.grid is not None for p in prompts]
@@ -95,7 +95,7 @@ def micro_batches(run, groups, step):
         for b, g in enumerate(part):
             for row, logprobs in zip(sampled[b], g.rollout.logprobs):
                 row[:len(logprobs)] = logprobs
-        batches.append(Micro(packed.to(run.device), masked.to(run.device), torch.stack([g.advantages for g in part]).to(run.device),
+        batches.append(Micro(packed, masked, torch.stack([g.advantages for g in part]).to(run.device),
                              torch.tensor(sees, device=run.device), sampled.to(run.device)))
     return batches
 
@@ -107,19 +107,19 @@ def score_fixed(run, updates):
         for micro in batches:
             if u > 0:                                          # before the first update pi_old is pi_theta itself
                 with run.phase("old"):
-                    micro.old = score_only(run.policy, micro.picture).logp
+                    micro.old = score_only(run.policy, micro.picture.to(run.device)).logp
             if (cfg.gamma or cfg.eta2) and not cfg.recompute_masked:
                 with run.phase("masked"):
-                    micro.blind = score_only(run.policy, micro.masked, exact=cfg.entropy == "exact")
+                    micro.blind = score_only(run.policy, micro.masked.to(run.device), exact=cfg.entropy == "exact")
             if run.reference is not None:
                 with run.phase("reference"):
-                    micro.ref = score_only(run.reference, micro.picture).logp
+                    micro.ref = score_only(run.reference, micro.picture.to(run.device)).logp
 
 
 def score_current(run, micro):
     """The pass with a gradient -> Scores of the picture, and of the masked picture: this update's or the one that was kept."""
     cfg, fresh = run.cfg, (run.cfg.gamma or run.cfg.eta2) and run.cfg.recompute_masked
-    scores = run.policy(micro.picture, micro.masked if fresh else None, cfg.masked_grad,
+    scores = run.policy(micro.picture.to(run.device), micro.masked.to(run.device) if fresh else None, cfg.masked_grad,
                         "exact" in (cfg.entropy, cfg.perception), cfg.kl_clamp)
     if micro.blind is not None:
         scores = scores._replace(masked=micro.blind.logp, masked_entropy=micro.blind.entropy)
@@ -132,7 +132,7 @@ def update(run, batches, total_tokens, total_responses):
     run.policy.train()                                                           # for activation checkpointing; there is no dropout
     for i, micro in enumerate(batches):
         run.sync_gradients(i == len(batches) - 1)
-        scores, mask = score_current(run, micro), micro.picture.mask
+        scores, mask = score_current(run, micro), micro.picture.mask.to(run.device)
         old = scores.logp.detach() if micro.old is None else micro.old
         loss, sums = objective(scores, old, micro.ref, micro.sampled, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
         (loss * run.world).backward()                                            # FSDP averages over processes; J sums
@@ -161,7 +161,7 @@ def update(run, batches, total_tokens, total_responses):
 def train_step(run, step):
     """One step of the loop at the top of this file -> its line of metrics."""
     cfg, began, totals, norms = run.cfg, time.perf_counter(), {}, []
-    run.seconds = {}
+    run.seconds, run.prompts = {}, {}
     groups, fate = collect(run, step)
     run.sampler.sleep()
     for group in groups:

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,6 +182,28 @@ def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tm
     one, two = (train_on(n, tmp_path / str(n), *flags) for n in (1, 2))
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one(tmp_path):
+    """Two launchers that find each other, as on two machines with a shared folder."""
+    one = train_on(1, tmp_path / "one", "--steps", 1)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", f"localhost:{port}", "train.py", "--out", str(tmp_path / "two"), *SMALL, "--steps", "1"]
+    nodes = [subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [n.wait(timeout=300) for n in nodes] == [0, 0], nodes[0].stderr.read()[-2000:]
+    two = metrics(tmp_path / "two")
+    assert all(two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6) for name in SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["step.py", "rollout.py"])
+def test_the_measurements_run(script):
+    done = command(f"bench/{script}", "--sampler", "hf", "--prompts", 4, "--group", 2, "--rounds", 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(v > 0 for k, v in json.loads(done.stdout.splitlines()[-1])["seconds"].items() if not isinstance(v, dict) and k != "sync")
 
 
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
