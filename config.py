@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from papo import ALGORITHMS, NO_REF_KL, OBJECTIVES, OBJECTIVES_AND_ALGORITHMS
 
 
+VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"       # what the paper trains and validates on
 TOYS = ("toy", "toy-qwen3")             # --model: the embedded policy, as a tiny Qwen2.5-VL or a tiny Qwen3-VL
 
 
@@ -34,6 +35,12 @@ class Config:
     algo: str = knob("papo_g", "algorithm", list(ALGORITHMS))
     model: str = knob("", "Hugging Face name or folder, or toy, or toy-qwen3; default: toy without a CUDA device, else Qwen2.5-VL-3B")
     data: str = knob("", "hub name, parquet/json/jsonl file or folder, or 'toy'; default: what goes with the model")
+    val_data: str = knob("", "as --data, for validation and the before/after table; default: toy for the toy, PAPO_MMK12_test for ViRL39K, "
+                             "else none")
+    problem_column: str = knob("problem", "column of --data with the question, one <image> for each picture")
+    answer_column: str = knob("answer", "column of --data with the answer")
+    images_column: str = knob("images", "column of --data with the list of pictures")
+    strict: bool = knob(False, "stop at the first row that cannot be used, instead of leaving such rows out")
     out: str = knob("", "output folder; default: out/<model>-<algo>")
     seed: int = knob(1, "seed of every random draw")
     steps: int = knob(202, "rollout steps; 202 = 2 epochs of ViRL39K")
@@ -125,7 +132,7 @@ MODELS_AND_ALGORITHMS = {
     ("qwen3-vl-2b", "papo_g"): dict(gamma=0.01),
 }
 # What a resumed run may change: nothing that alters the weights it arrives at.
-FREE_ON_RESUME = {"tokens_per_forward", "packing", "activation_checkpointing", "cpu_offload", "gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
+FREE_ON_RESUME = {"val_data", "tokens_per_forward", "packing", "activation_checkpointing", "cpu_offload", "gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
 
 
 def family(model, data):
@@ -155,7 +162,8 @@ def resolve(flags, cuda):
     if not model:
         model = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
         reason = "default where there is a CUDA device" if cuda else "default where there is no CUDA device"
-    data = flags.get("data") or ("toy" if model in TOYS else "PAPOGalaxy/PAPO_ViRL39K_train")
+    data = flags.get("data") or ("toy" if model in TOYS else VIRL39K)
+    val_data = {"toy": "toy", VIRL39K: MMK12}.get(data, "")
     algo, fam = flags.get("algo", "papo_g"), family(model, data)
     aim = flags.get("objective", "official")
     layers = {**ALGORITHMS[algo], **OBJECTIVES[aim], **OBJECTIVES_AND_ALGORITHMS.get((aim, algo), {}), **MODELS[fam],
@@ -166,7 +174,7 @@ def resolve(flags, cuda):
     if layers.get("masked_grad") or layers.get("perception") == "exact":
         layers.setdefault("recompute_masked", True)
     sampler, why = (flags["sampler"], "as asked") if flags.get("sampler") else default_sampler(cuda)
-    layers |= {"model": model, "data": data, "algo": algo, "sampler": sampler,
+    layers |= {"model": model, "data": data, "val_data": flags.get("val_data", val_data), "algo": algo, "sampler": sampler,
                "packing": flags.get("packing") or ("flat" if cuda else "rows"), "out": flags.get("out") or f"out/{model if model in TOYS else fam}-{algo}"}
     return Config(**layers), {"model": reason, "sampler": why}
 

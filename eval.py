@@ -1,80 +1,128 @@
-"""avg@n on a data set: the same prompts, pictures and sampling as training.
+"""avg@n on data sets: the same prompts, pictures and sampling as training.
 
-    python eval.py --model out/toy-papo_g/checkpoint-100 --data toy --n 8
+    python eval.py --model out/toy-papo_g/checkpoint-100 --data toy --n 8          # or --data geo3k,mathvista | all | file.jsonl
+    python eval.py --compare grpo.jsonl papo.jsonl                                 # the same questions answered twice: a paired test, a chart
+    python eval.py --rescore papo.jsonl                                            # grade saved responses again, without a model
 
-prints accuracy per split with a 95 % interval (bootstrap over questions) and writes one JSON line per response.
+Writes one JSON line a response (id, prompt, predict and label as the released evaluation's scorer reads them), and goes on where it
+stopped when it is called again. Averages over sets are the paper's: every set weighs the same (Table 1).
 """
 import argparse
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from config import check, fail, resolve
-from data import encode, load
+from data import BENCHMARKS, Rows, Selection, encode, load, rgb
 from model import DTYPES, banned_tokens, load_processors, load_vlm, resolve_folder
+from report import left_out, write_atomically
 from reward import Grader, compute_score
 from rollout import build_sampler
 
+CHUNK = 64                               # questions that are sampled together
 
-def evaluate(sampler, examples, tok, image_processor, n, name, score, chunk=64, rounds=None, progress=True):
-    """Sample n responses to each example; score(text, answer) each -> one record a response (a dict, ready for JSON).
 
-    rounds: how many chunks to ask for where other processes have more of them (an engine shared by several waits for all)."""
-    records = []
+def evaluate(sampler, examples, tok, image_processor, n, name, score, rounds=None, progress=True, blind=False):
+    """Sample n responses to each example; yield a list of records (dicts ready for JSON, one a response) for each CHUNK examples.
+
+    score(text, answer) -> dict. blind: every picture is black. rounds: how many chunks to ask for where other processes have more
+    of them (an engine shared by several waits for all)."""
     with tqdm(total=len(examples) * n, desc=f"eval {name[-1]}", unit="response", disable=not progress, leave=False) as bar:
-        for start in range(0, (rounds or math.ceil(len(examples) / chunk)) * chunk, chunk):
-            batch = examples[start:start + chunk]
-            prompts = [encode(e, tok, image_processor) for e in batch]
-            rollouts = sampler.generate(prompts, n, [(*name, e.id) for e in batch])
-            for example, rollout in zip(batch, rollouts):
-                for g in range(n if rollout else 0):
-                    records.append({"id": example.id, "prompt": example.problem, "predict": rollout.texts[g],
-                                    "label": example.answer, "tokens": len(rollout.tokens[g]),
-                                    "finished": rollout.finished[g], **example.tags,
-                                    **score(rollout.texts[g], example.answer)})
+        for start in range(0, (rounds or math.ceil(len(examples) / CHUNK)) * CHUNK, CHUNK):
+            batch, prompts = examples[start:start + CHUNK], []
+            for e in batch:
+                if blind:
+                    e = replace(e, images=[Image.new("RGB", rgb(p).size) for p in e.images])
+                try:
+                    prompts.append(encode(e, tok, image_processor))
+                except ValueError as error:
+                    tqdm.write(f"warning: left out: {error}")
+            rollouts = sampler.generate(prompts, n, [(*name, p.example.id) for p in prompts])
+            yield [{"id": p.example.id, "prompt": p.example.problem, "predict": r.texts[g], "label": p.example.answer, "tokens": len(r.tokens[g]),
+                    "finished": r.finished[g], **p.example.tags, **score(r.texts[g], p.example.answer)}
+                   for p, r in zip(prompts, rollouts) if r for g in range(n)]
             bar.update(len(batch) * n)
-    return records
+
+
+def by_question(records):
+    """Records -> {question: [accuracy of each response]}"""
+    questions = {}
+    for r in records:
+        questions.setdefault(r["id"], []).append(r["accuracy"])
+    return questions
 
 
 def summarise(records, resamples=1000):
-    """Records of one split -> avg@n accuracy with a 95 % bootstrap interval over questions, and other means."""
-    by_question = {}
-    for r in records:
-        by_question.setdefault(r["id"], []).append(r["accuracy"])
-    means = [sum(v) / len(v) for v in by_question.values()]
+    """Records of one set -> avg@n accuracy with a 95 % bootstrap interval over questions, pass@n, and other means."""
+    questions = by_question(records)
+    means = [sum(v) / len(v) for v in questions.values()]
     draw = random.Random(0)
     boots = sorted(sum(draw.choices(means, k=len(means))) / len(means) for _ in range(resamples))
     mean = {k: sum(r[k] for r in records) / len(records) for k in ("format", "finished", "tokens")}
     return {"accuracy": sum(means) / len(means), "low": boots[int(0.025 * resamples)], "high": boots[int(0.975 * resamples)],
-            "format": mean["format"], "cut_off": 1 - mean["finished"], "tokens": mean["tokens"],
-            "questions": len(means), "n": len(records) // len(means)}
+            "pass": sum(max(v) == 1 for v in questions.values()) / len(questions), "format": mean["format"], "cut_off": 1 - mean["finished"],
+            "tokens": mean["tokens"], "questions": len(means), "n": len(records) // len(means)}
+
+
+def macro(values):
+    """{set: value} -> the paper's averages over sets, {General, Vision, Overall: mean}, of those columns of which all sets are there."""
+    columns = {"General": [s for s, (_, _, c) in BENCHMARKS.items() if c == "general"],
+               "Vision": [s for s, (_, _, c) in BENCHMARKS.items() if c == "vision"], "Overall": list(BENCHMARKS)}
+    return {name: sum(values[s] for s in sets) / len(sets) for name, sets in columns.items() if all(s in values for s in sets)}
+
+
+def relative_gain(before, after):
+    """{set: accuracy} twice -> {set: gain in per cent of `before`}; the paper's Delta_rel is the mean of these over sets."""
+    return {s: 100 * (after[s] - before[s]) / before[s] for s in before if s in after and before[s] > 0}
+
+
+def paired_test(a, b, resamples=10_000):
+    """The same questions answered by two models. a, b: {question: mean accuracy} -> (mean difference b - a, low, high, p)
+
+    The interval is a bootstrap over questions; p is the share of random sign flips of the differences with a mean at least as far from 0
+    (two-sided). Raises ValueError if they share no question."""
+    shared = [q for q in a if q in b]
+    if not shared:
+        raise ValueError("the two files share no question")
+    d = torch.tensor([b[q] - a[q] for q in shared], dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    boots, flips, step = [], [], max(1, 2_000_000 // len(d))
+    for start in range(0, resamples, step):                                      # a slice at a time: (resamples, questions) may be large
+        k = min(step, resamples - start)
+        boots.append(d[torch.randint(len(d), (k, len(d)), generator=g)].mean(1))
+        flips.append((d * (2.0 * torch.randint(2, (k, len(d)), generator=g) - 1)).mean(1))
+    boots, flips = torch.cat(boots).sort().values, torch.cat(flips)
+    p = ((flips.abs() >= d.mean().abs() - 1e-12).sum().item() + 1) / (resamples + 1)
+    return d.mean().item(), boots[int(0.025 * resamples)].item(), boots[int(0.975 * resamples)].item(), p
 
 
 def evaluate_splits(run, splits, n, name):
     """avg@n of a training run's policy, the questions shared between its processes -> {split: summary}"""
     summaries = {}
     for split in splits:
-        data, chunk = load(run.cfg.data, split, run.cfg.eval_questions, 0), 64
+        data = run.validation(split)
         questions = min(len(data), run.cfg.eval_questions)
         mine = [data[i] for i in range(run.rank, questions, run.world)]
-        records = evaluate(run.sampler, mine, run.tok, run.image_processor, n, (run.cfg.seed, name, split), run.score, chunk,
-                           math.ceil(questions / run.world / chunk), run.rank == 0)
-        summaries[split] = summarise(run.gather(records))
+        chunks = evaluate(run.sampler, mine, run.tok, run.image_processor, n, (run.cfg.seed, name, split), run.score,
+                          math.ceil(questions / run.world / CHUNK), run.rank == 0)
+        summaries[split] = summarise(run.gather([r for records in chunks for r in records]))
     return summaries
 
 
 def table(summaries):
-    """{split: summary} -> lines of a text table."""
-    lines = [f"{'split':<12}{'avg@n':>8}{'95 % interval':>18}{'format':>9}{'cut off':>9}{'tokens':>8}"]
-    for split, s in summaries.items():
+    """{set: summary} -> lines of a text table, with the paper's averages where all their sets are there."""
+    lines = [f"{'set':<12}{'avg@n':>8}{'95 % interval':>18}{'pass@n':>9}{'format':>9}{'cut off':>9}{'tokens':>8}{'questions':>11}"]
+    for name, s in summaries.items():
         interval = f"{100 * s['low']:.1f} .. {100 * s['high']:.1f}"
-        lines.append(f"{split:<12}{100 * s['accuracy']:>8.1f}{interval:>18}{100 * s['format']:>8.1f}%"
-                     f"{100 * s['cut_off']:>8.1f}%{s['tokens']:>8.1f}")
-    return lines
+        lines.append(f"{name:<12}{100 * s['accuracy']:>8.1f}{interval:>18}{100 * s['pass']:>9.1f}{100 * s['format']:>8.1f}%"
+                     f"{100 * s['cut_off']:>8.1f}%{s['tokens']:>8.1f}{s['questions']:>11}")
+    return lines + [f"{name:<12}{100 * value:>8.2f}" for name, value in macro({k: s["accuracy"] for k, s in summaries.items()}).items()]
 
 
 def splits_of(data):
@@ -85,43 +133,163 @@ def splits_of(data):
     return ["test"]
 
 
-def main():
-    """The command line of an evaluation."""
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+def read(path):
+    """A file of responses -> {set: records}; a line cut short by a crash is ignored."""
+    sets = {}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        sets.setdefault(record["split"], []).append(record)
+    return sets
+
+
+def compare(first, second, chart):
+    """Two files of responses to the same questions -> lines of a table; draws the bars."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    a, b = ({s: {q: sum(v) / len(v) for q, v in by_question(r).items()} for s, r in read(path).items()} for path in (first, second))
+    lines = [f"{'set':<12}{'first':>8}{'second':>8}{'gain':>8}{'95 % interval':>18}{'p':>8}{'relative':>10}"]
+    shared, means = [s for s in a if s in b], []
+    for s in shared:
+        difference, low, high, p = paired_test(a[s], b[s])
+        both = [q for q in a[s] if q in b[s]]
+        means.append([sum(x[s][q] for q in both) / len(both) for x in (a, b)])
+        relative = f"{100 * difference / means[-1][0]:+.2f} %" if means[-1][0] else "-"
+        lines.append(f"{s:<12}{100 * means[-1][0]:>8.2f}{100 * means[-1][1]:>8.2f}{100 * difference:>+8.2f}"
+                     f"{f'{100 * low:+.2f} .. {100 * high:+.2f}':>18}{p:>8.4f}{relative:>10}")
+    if not shared:
+        fail(f"{first} and {second} share no set")
+    before, after = ({s: m[k] for s, m in zip(shared, means)} for k in (0, 1))
+    gains = macro(relative_gain(before, after))
+    for name, value in macro(before).items():
+        lines.append(f"{name:<12}{100 * value:>8.2f}{100 * macro(after)[name]:>8.2f}{100 * (macro(after)[name] - value):>+8.2f}{'':>26}"
+                     + (f"{gains[name]:+.2f} %".rjust(10) if name in gains else ""))
+    figure, axis = plt.subplots(figsize=(max(4, 1.2 * len(shared)), 3.5), constrained_layout=True)
+    for k, path in enumerate((first, second)):
+        axis.bar([i + 0.4 * k for i in range(len(shared))], [100 * m[k] for m in means], 0.4, label=Path(path).stem)
+    axis.set(xticks=[i + 0.2 for i in range(len(shared))], xticklabels=shared, ylabel="avg@n (%)")
+    axis.legend()
+    figure.savefig(chart, dpi=100)
+    plt.close(figure)
+    return lines + [f"chart: {chart}"]
+
+
+def rescore(path, out):
+    """Grade the responses of a file again -> lines of a table; writes them to out."""
+    sets, grader = read(path), Grader()
+    for records in sets.values():
+        for r in tqdm(records, desc="grading", unit="response"):
+            r |= compute_score(r["predict"], r["label"], grader)
+    grader.close()
+    write_atomically(Path(out), "".join(json.dumps(r) + "\n" for records in sets.values() for r in records))
+    return [*table({s: summarise(r) for s, r in sets.items()}), f"responses: {out}"]
+
+
+def answered(out, settings):
+    """What a stopped evaluation left in its file: {set: records} of the questions that are whole. Ends with a sentence if it was another one's."""
+    about = out.with_name(f"{out.stem}.settings.json")
+    if out.exists() and about.exists():
+        before = json.loads(about.read_text())
+        if before != settings:
+            changed = [f"{k} ({before.get(k)!r} then, {settings[k]!r} now)" for k in settings if before.get(k) != settings[k]]
+            fail(f"{out} holds another evaluation: {', '.join(changed)}; give another --out")
+        sets = read(out)
+    else:
+        sets = {}
+    sets = {s: [r for r in records if len(by_question(records)[r["id"]]) == settings["n"]] for s, records in sets.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(about, json.dumps(settings, indent=1))
+    write_atomically(out, "".join(json.dumps(r) + "\n" for records in sets.values() for r in records))
+    return sets
+
+
+def as_trained(folder):
+    """Sampling, limits and columns of the run that a checkpoint folder belongs to; {} for any other model."""
+    about = Path(folder).parent / "config.json"
+    if not Path(folder).name.startswith("checkpoint-") or not about.exists():
+        return {}
+    cfg = json.loads(about.read_text())["config"]
+    return {k: cfg[k] for k in ("temperature", "top_p", "max_prompt_tokens", "max_response_tokens", "min_pixels", "max_pixels", "dtype", "reward",
+                                "problem_column", "answer_column", "images_column")}
+
+
+def parser():
+    """The command line."""
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; see --help")
-    p.add_argument("--model", required=True, help="a checkpoint folder, a hub name, or 'toy' for the warm start")
-    p.add_argument("--data", default="toy", help="'toy', a hub name, or a parquet, json or jsonl file")
+    p.add_argument("--model", help="a checkpoint folder, a hub name, or 'toy' for the warm start")
+    p.add_argument("--data", default="toy", help=f"toy, all, or several with commas of {', '.join(BENCHMARKS)}, a hub name, a file or a folder")
+    p.add_argument("--data_root", help="folder with papo/<set>.json and images/, as the released downloader fills it; default: the hub")
     p.add_argument("--n", type=int, default=8, help="responses per question")
-    p.add_argument("--questions", type=int, default=256, help="questions per split")
+    p.add_argument("--questions", type=int, help="questions per set; default: all, and 256 of the toy's")
     p.add_argument("--seed", type=int, default=1, help="seed of the sampling")
     p.add_argument("--sampler", choices=["vllm", "hf"], help="default: vllm where an engine can run, else hf (transformers)")
+    p.add_argument("--max_response_tokens", type=int, help="responses are cut off here; default: as in training")
+    p.add_argument("--blind", action="store_true", help="every picture is black: what is scored without seeing")
+    p.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used, instead of leaving such rows out")
     p.add_argument("--out", help="JSON lines of every response; default: eval-<data>.jsonl in the model folder")
-    args = p.parse_args()
-    if args.n < 1 or args.questions < 1:
+    p.add_argument("--compare", nargs=2, metavar="FILE", help="compare two files of responses; needs no model")
+    p.add_argument("--rescore", metavar="FILE", help="grade a file of responses again; needs no model")
+    return p
+
+
+def main():
+    """Evaluate, compare or rescore, as asked."""
+    args = parser().parse_args()
+    if args.compare:
+        return print("\n".join(compare(*args.compare, args.out or "compare.png")))
+    if args.rescore:
+        return print("\n".join(rescore(args.rescore, args.out or f"{args.rescore.removesuffix('.jsonl')}-rescored.jsonl")))
+    if not args.model:
+        fail("--model is needed, or --compare or --rescore; see --help")
+    if args.n < 1 or args.questions is not None and args.questions < 1:
         fail(f"--n {args.n} --questions {args.questions}: both must be at least 1")
-    cuda = torch.cuda.is_available()
-    cfg, why = resolve({"model": args.model, "data": args.data, "eval_n": args.n, "eval_questions": args.questions,
-                        "sampler": args.sampler, "sleep": 0}, cuda)
+    cuda, names = torch.cuda.is_available(), list(BENCHMARKS) if args.data == "all" else args.data.split(",")
+    limits = {"max_response_tokens": args.max_response_tokens} if args.max_response_tokens else {}
+    cfg, why = resolve({"model": args.model, "data": names[0], "sampler": args.sampler, "sleep": 0, **as_trained(args.model), **limits}, cuda)
     check(cfg, 1)
     folder = resolve_folder(args.model, cfg.warm_steps)
     tok, image_processor = load_processors(folder, cfg)
-    vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu") if cfg.sampler == "hf" else None
-    sampler, grader = build_sampler(cfg, folder, vlm, tok, image_processor, banned_tokens(folder, tok), 1), Grader()
-    out = Path(args.out) if args.out else folder / f"eval-{Path(args.data).stem}.jsonl"
-    summaries, lines = {}, []
-    for split in splits_of(args.data):
-        data = load(args.data, split, args.questions, seed=0)
-        examples = [data[i] for i in range(min(args.questions, len(data)))]
-        records = evaluate(sampler, examples, tok, image_processor, args.n, (args.seed, "eval", split),
-                           lambda text, answer: compute_score(text, answer, grader, cfg.reward))
-        summaries[split] = summarise(records)
-        lines += [json.dumps({"split": split, **r}) for r in records]
+    out = Path(args.out) if args.out else folder / f"eval-{Path(args.data).stem}{'-blind' if args.blind else ''}.jsonl"
+    settings = {"model": str(args.model), "data": args.data, "n": args.n, "questions": args.questions, "seed": args.seed, "blind": args.blind,
+                **{k: getattr(cfg, k) for k in ("sampler", "temperature", "top_p", "max_prompt_tokens", "max_response_tokens", "min_pixels", "max_pixels")}}
+    done = answered(out, settings)
+    sets = {}
+    for name in names:
+        for split in splits_of(name):
+            data = load(name, split, args.questions or 256, 0, (cfg.problem_column, cfg.answer_column, cfg.images_column), args.data_root)
+            if isinstance(data, Rows):
+                faults = data.faults(tok, image_processor, cfg.max_prompt_tokens)
+                left_out(out.parent, data, faults, args.strict)
+                if name in BENCHMARKS and len(data) != BENCHMARKS[name][1]:
+                    print(f"note: {name} has {len(data)} questions here, and {BENCHMARKS[name][1]} in the paper")
+                data = Selection(data, faults)
+            key = split if name == "toy" else name if name in BENCHMARKS else Path(name).stem
+            known, whole = by_question(done.get(key, [])), range(min(args.questions or len(data), len(data)))
+            sets[key] = [e for e in (data[i] for i in whole) if e.id not in known]
+    vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu") if cfg.sampler == "hf" and any(sets.values()) else None
+    sampler = build_sampler(cfg, folder, vlm, tok, image_processor, banned_tokens(folder, tok)) if any(sets.values()) else None
+    grader = Grader()
+    with open(out, "a") as file:
+        for key, examples in sets.items():
+            for records in evaluate(sampler, examples, tok, image_processor, args.n, (args.seed, "eval", key),
+                                    lambda text, answer: compute_score(text, answer, grader, cfg.reward), blind=args.blind):
+                done.setdefault(key, []).extend({"split": key, **r} for r in records)
+                file.write("".join(json.dumps({"split": key, **r}) + "\n" for r in records))
+                file.flush()
     grader.close()
-    sampler.close()
-    out.write_text("\n".join(lines) + "\n")
+    if sampler:
+        sampler.close()
     print(f"{args.model} on {args.data}: sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p {cfg.top_p}, at most "
-          f"{cfg.max_response_tokens} tokens, seed {args.seed}, {args.questions} questions a split, n = {args.n}")
-    print("\n".join(table(summaries)))
+          f"{cfg.max_response_tokens} tokens, seed {args.seed}, n = {args.n}" + (", every picture black" if args.blind else ""))
+    print("\n".join(table({key: summarise(done[key]) for key in sets if done.get(key)})))
     print(f"responses: {out}")
 
 

@@ -4,7 +4,7 @@ Qwen2.5-VL and Qwen3-VL differ in patch size, positions and where the picture en
 transformers' own forward, which only gets our mask and positions.
 """
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from config import TOYS, fail
@@ -32,11 +33,15 @@ class Scores(NamedTuple):
     kl: tuple | None = None                      # KL(pi || pi_mask) over the whole vocabulary, and where it was clamped
 
 
+@cache
+def flex(compiled):
+    """FlexAttention; compiled, it skips the blocks of the mask that no token may see. A CPU runs it as it is, to test the layout."""
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
 def flex_attention_forward(module, query, key, value, attention_mask, scaling=None, **_):
     """FlexAttention as an attention function of transformers: (rows, heads, S, d) each -> ((rows, S, heads, d), None)"""
-    from torch.nn.attention.flex_attention import flex_attention
-    flex = torch.compile(flex_attention, dynamic=False) if query.is_cuda else flex_attention
-    return flex(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
+    return flex(query.is_cuda)(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
 
 
 class Policy(nn.Module):
@@ -99,7 +104,6 @@ class Policy(nn.Module):
         """-> (tokens, width): the outputs that predict the scored tokens."""
         unseen = self.look_at_nothing() if x.pixel_values is None and self.always_look else 0.0
         if self.flat:
-            from torch.nn.attention.flex_attention import create_block_mask
             rows, S = x.input_ids.shape
             allowed = create_block_mask(may_see(x.group, x.response), rows, None, S, S, device=x.input_ids.device)
         else:

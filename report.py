@@ -1,5 +1,6 @@
 """What a run leaves to look at: config.json, metrics.jsonl, curves.png, samples.html, and the lines on the console."""
 import base64
+import collections
 import dataclasses
 import html
 import io
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -16,8 +18,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from data import encode, load
+from config import fail
+from data import encode
 from loss import k3
 from masking import picture
 from model import score_only
@@ -45,6 +49,24 @@ def write_config(out, cfg):
              "python": platform.python_version(), "world_size": int(os.environ.get("WORLD_SIZE", 1)),
              "versions": {p: version(p) for p in ("torch", "transformers", "datasets", "pillow")}}
     write_atomically(out / "config.json", json.dumps(about, indent=1))
+
+
+def left_out(out, data, faults, strict):
+    """Name the rows that cannot be used in a file, and say how many there are of which kind. faults: {index: why}
+
+    Ends with a sentence if that is all rows, or, with strict, if it is any."""
+    if not faults:
+        return
+    if strict:
+        fail(f"row {min(faults)} of {data.name}: {faults[min(faults)]}")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"left_out-{data.name}.jsonl"
+    write_atomically(file, "".join(json.dumps({"row": i, "why": faults[i]}) + "\n" for i in sorted(faults)))
+    if len(faults) == len(data):
+        fail(f"none of the {len(data)} rows of {data.name} can be used; {file} says why")
+    kinds = collections.Counter(re.sub(r"[\d.]+|\(.*\)", "N", why) for why in faults.values())
+    tqdm.write(f"{len(faults)} of {len(data)} rows of {data.name} are left out ({file} names them): "
+               + "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common()))
 
 
 def read_metrics(out):
@@ -183,7 +205,7 @@ def _png(pixels):
 
 def samples(run, out, step, questions=4, n=4):
     """Roll out a few validation questions and add them to samples.html, newest first. Collective: every process calls it."""
-    val = load(run.cfg.data, "val", questions, 0)
+    val = run.validation(run.val_split)
     examples = [val[i] for i in range(min(questions, len(val)))]
     prompts = [encode(e, run.tok, run.image_processor) for e in examples]
     rollouts = run.sampler.generate(prompts, n, [(run.cfg.seed, "samples", e.id) for e in examples])

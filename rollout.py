@@ -33,25 +33,21 @@ class Rollout:
 
 
 class Sampler:
-    """What both samplers share: prompts that do not fit are refused with a sentence, not with a crash.
-
-    generate: n responses of at most `limit` tokens (default: max_response_tokens) to each prompt; names[i]: the random name (any
-    tuple) of prompt i's draw -> [Rollout, or None where the prompt was refused]. sync: weights from the policy into the sampler. sleep: give memory back until the next sync. close: the end.
-    """
+    """What both samplers share. sync: weights from the policy into the sampler; sleep: give memory back until the next sync; close: the end."""
 
     def __init__(self, tok, banned, cfg):
         self.tok, self.banned, self.cfg = tok, banned, cfg
 
     def generate(self, prompts, n, names, limit=None):
-        out, longest = [None] * len(prompts), self.cfg.max_prompt_tokens
+        """n responses of at most `limit` tokens (default: max_response_tokens) to each prompt; names[i]: the random name (any tuple) of
+        prompt i's draw -> [Rollout, or None where the prompt was refused: named on the console, and not a crash]"""
+        longest = self.cfg.max_prompt_tokens
+        for p in (p for p in prompts if len(p.ids) > longest):
+            refuse(p, f"{len(p.ids)} prompt tokens are more than --max_prompt_tokens {longest}")
         fits = [i for i, p in enumerate(prompts) if len(p.ids) <= longest]
-        for p in prompts:
-            if len(p.ids) > longest:
-                refuse(p, f"{len(p.ids)} prompt tokens are more than --max_prompt_tokens {longest}")
-        limit = limit or self.cfg.max_response_tokens
-        for i, rollout in zip(fits, self._generate([prompts[i] for i in fits], n, [names[i] for i in fits], limit)):
-            out[i] = rollout
-        return out
+        done = self._generate([prompts[i] for i in fits], n, [names[i] for i in fits], limit or self.cfg.max_response_tokens)
+        rollouts = dict(zip(fits, done))
+        return [rollouts.get(i) for i in range(len(prompts))]
 
     def _rollout(self, tokens, logprobs):
         """Lists of G tensors -> Rollout."""
@@ -61,8 +57,7 @@ class Sampler:
     def sleep(self):
         pass
 
-    def close(self):
-        pass
+    close = sleep
 
 
 def refuse(prompt, why):
@@ -147,9 +142,9 @@ class VLLMSampler(Sampler):
 
     def _request(self, prompt, n, name, limit):
         """-> (what vLLM calls a prompt, its sampling parameters)"""
+        from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        from PIL import Image
         folded = torch.ones(len(prompt.ids), dtype=torch.bool)
         folded[1:] = (prompt.ids[1:] != self.pad) | (prompt.ids[:-1] != self.pad)        # the first of each run of placeholders
         request = {"prompt_token_ids": prompt.ids[folded].tolist()}

@@ -7,14 +7,16 @@ import contextlib
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+import report
 from config import fail
-from data import Stream, generator, load
+from data import Rows, Selection, Stream, generator, load
 from masking import Masker
 from model import DTYPES, Policy, banned_tokens, load_processors, load_vlm, resolve_folder, score_only, sharded_policy
 from reward import Grader, compute_score
@@ -40,6 +42,8 @@ class Run:
         self.barrier()                                                                       # the others wait
         self.folder = folder or resolve_folder(cfg.model, cfg.warm_steps)
         self.tok, self.image_processor = load_processors(self.folder, cfg)
+        columns = (cfg.problem_column, cfg.answer_column, cfg.images_column)     # data first: what is wrong with it shows in seconds
+        self.stream = Stream(self.usable(load(cfg.data, "train", 1_000_000, cfg.seed, columns)), cfg, self.tok, self.image_processor)
         self.banned = banned_tokens(self.folder, self.tok).to(self.device)
 
         def new_policy():
@@ -56,10 +60,28 @@ class Run:
         engine = replace(cfg, sleep=self.sleep_level()) if cuda else cfg
         self.sampler = build_sampler(engine, self.folder, vlm, self.tok, self.image_processor, self.banned, self.world)
         self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-        self.stream = Stream(load(cfg.data, "train", 1_000_000, cfg.seed), cfg, self.tok, self.image_processor)
         self.masker, self.grader = Masker(cfg, self.image_processor, self.device), Grader()
+        self.held_out = {}                                     # validation data by split
+        self.val_split = "val" if cfg.val_data == "toy" else "test"
         self.prompts = {}                                      # those that this process has read in this step, by position
         self.cursor = self.updates = self.skipped = 0          # prompts consumed, optimiser updates made, updates refused
+
+    def usable(self, data):
+        """The rows of a data set that can be used. Every process checks a share of them; the others are named in a file."""
+        if not isinstance(data, Rows):
+            return data
+        share = data.faults(self.tok, self.image_processor, self.cfg.max_prompt_tokens, slice(self.rank, None, self.world), self.rank == 0)
+        faults = dict(self.gather(list(share.items())))
+        if self.rank == 0:
+            report.left_out(Path(self.cfg.out), data, faults, self.cfg.strict)
+        return Selection(data, faults)
+
+    def validation(self, split):
+        """A split of --val_data, read once; the rows of a file that cannot be used are left out."""
+        if split not in self.held_out:
+            data = load(self.cfg.val_data, split, self.cfg.eval_questions, 0)
+            self.held_out[split] = self.usable(data)
+        return self.held_out[split]
 
     def barrier(self):
         if self.world > 1:

@@ -188,7 +188,7 @@ def main():
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     first = int(os.environ.get("RANK", 0)) == 0
     say = tqdm.write if first else (lambda *_: None)
-    say(f"model {cfg.model} ({why['model']}), data {cfg.data}, algorithm {cfg.algo}, output {cfg.out}")
+    say(f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on {cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, output {cfg.out}")
     say(f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p {cfg.top_p}"
         + ("" if cfg.top_p == 1 else ": responses come from the nucleus, log-probs and ratios are those of the whole distribution"))
     out = Path(cfg.out)
@@ -203,8 +203,8 @@ def main():
         say(f"weights reach the sampler: with every sign turned, log-probs differ by {gap:.1e} nats a token from the trainer's")
     run.sampler.sync(run.policy)
     before = out / "evaluation.json"
-    if not before.exists():
-        summaries = {"before": evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")}
+    if cfg.val_data and not before.exists():
+        summaries = {"before": evaluate_splits(run, splits_of(cfg.val_data), cfg.eval_n, "test")}
         say("\n".join(["accuracy before training:", *table(summaries["before"])]))
         if first:
             report.write_atomically(before, json.dumps(summaries, indent=1))
@@ -214,9 +214,11 @@ def main():
     for step in bar:
         metrics = train_step(run, step)
         last, asked_to_stop = step + 1 == cfg.steps, any(run.gather([bool(stop)]))
-        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
-            metrics["val_accuracy"] = evaluate_splits(run, ["val"], 2, "val")["val"]["accuracy"]
+        if cfg.val_data and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+            began = time.perf_counter()
+            metrics["val_accuracy"] = evaluate_splits(run, [run.val_split], 2, "val")[run.val_split]["accuracy"]
             report.samples(run, out, step + 1)
+            metrics["val_seconds"] = time.perf_counter() - began
         say(report.console_line(metrics, cfg.steps))
         if first:
             report.log(out, metrics)
@@ -231,13 +233,14 @@ def main():
             sys.exit(130)
     for name, handler in handlers.items():
         signal.signal(name, handler)
-    summaries = json.loads(before.read_text())
-    summaries["after"] = evaluate_splits(run, splits_of(cfg.data), cfg.eval_n, "test")
+    if cfg.val_data:
+        summaries = {**json.loads(before.read_text()), "after": evaluate_splits(run, splits_of(cfg.val_data), cfg.eval_n, "test")}
     run.close()
     if first:
-        report.write_atomically(before, json.dumps(summaries, indent=1))
         report.curves(out)
-        say("\n".join(report.before_after(summaries)))
+        if cfg.val_data:
+            report.write_atomically(before, json.dumps(summaries, indent=1))
+            say("\n".join(report.before_after(summaries)))
         say("written: " + ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")))
 
 

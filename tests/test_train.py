@@ -60,7 +60,7 @@ def test_what_a_run_leaves(finished):
 
 
 def test_the_first_lines_say_which_model_and_why(finished):
-    assert re.match(r"model toy \(default where there is no CUDA device\), data toy, algorithm papo_g", finished[1])
+    assert re.match(r"model toy \(default where there is no CUDA device\), data toy, validation on toy, algorithm papo_g", finished[1])
 
 
 def test_logged_config_is_the_one_used(finished, tmp_path):
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path)
             break
         assert process.returncode == -signal.SIGKILL, log[-3000:]
     assert kills == 3 and same_weights(out / "checkpoint-6", finished[0] / "checkpoint-6")
-    drop = ("seconds", "phases", "tokens_per_second", "peak_memory_gb", "host_memory_gb")
+    drop = ("seconds", "phases", "tokens_per_second", "peak_memory_gb", "host_memory_gb", "val_seconds")
     whole, parts = ([{k: v for k, v in m.items() if k not in drop} for m in metrics(o)] for o in (finished[0], out))
     assert whole == parts
 
@@ -178,7 +178,7 @@ def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tm
     ToyData("train", 1)[0].images[0].save(tmp_path / "a.png")
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--model", folder, "--data", tmp_path / "mixed.jsonl", "--prompts_per_step", 2, "--max_response_tokens", 16, "--tokens_per_forward", 1,
-             "--dtype", "float32", "--packing", "rows", "--lr", "1e-4", "--eval_questions", 2, "--steps", 2]
+             "--dtype", "float32", "--packing", "rows", "--lr", "1e-4", "--steps", 2]
     one, two = (train_on(n, tmp_path / str(n), *flags) for n in (1, 2))
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
