@@ -71,8 +71,8 @@ def save(run, step):
                 old.rename(out / f".removing-{old.name}")      # a kill in the middle leaves nothing that looks whole
             for old in out.glob(".removing-*"):
                 shutil.rmtree(old)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, dcp.api.CheckpointException) as error:
+        if getattr(error, "errno", errno.ENOSPC if "No space left" in str(error) else 0) != errno.ENOSPC:
             raise
         shutil.rmtree(making, ignore_errors=True)
         fail(f"no disk space left for {final}; free some and continue with --resume (older checkpoints are untouched)")

@@ -20,9 +20,10 @@ VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"  
 TOYS = ("toy", "toy-qwen3")             # --model: the embedded policy, as a tiny Qwen2.5-VL or a tiny Qwen3-VL
 
 
-def fail(message):
-    """End with one clear sentence (from one process only) and a non-zero exit."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+def fail(message, here=False):
+    """End with one clear sentence and a non-zero exit. All processes call it and the first speaks, unless the error is `here` only."""
+    rank = os.environ.get("RANK", "0")
+    sys.exit(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}" if here else 1)
 
 
 def knob(default, text, choices=None):
@@ -97,7 +98,7 @@ class Config:
     max_response_tokens: int = knob(2048, "responses are cut off here")
     min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged")
     max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk")
-    dtype: str = knob("bfloat16", "of the forward pass; master weights are float32", ["float32", "bfloat16"])
+    dtype: str = knob("bfloat16", "of the forward pass; master weights are float32; one process on a CPU trains in float32 whatever this says", ["float32", "bfloat16"])
     # the sampler; see rollout.py
     sampler: str = knob("", "default: vllm where an engine can run, else hf (transformers)", ["vllm", "hf"])
     tensor_parallel: int = knob(1, "processes that share one vLLM engine")
@@ -132,7 +133,7 @@ MODELS_AND_ALGORITHMS = {
     ("qwen3-vl-2b", "papo_g"): dict(gamma=0.01),
 }
 # What a resumed run may change: nothing that alters the weights it arrives at.
-FREE_ON_RESUME = {"val_data", "tokens_per_forward", "packing", "activation_checkpointing", "cpu_offload", "gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
+FREE_ON_RESUME = {"tokens_per_forward", "packing", "activation_checkpointing", "cpu_offload", "gpu_memory_utilization", "sleep", "resume", "out", "steps", "eval_every", "eval_questions", "eval_n", "save_every", "keep"}
 
 
 def family(model, data):
@@ -179,7 +180,7 @@ def resolve(flags, cuda):
     return Config(**layers), {"model": reason, "sampler": why}
 
 
-def check(cfg, world_size):
+def check(cfg, world_size, cuda):
     """End with a sentence on settings that cannot work."""
     positive = "steps prompts_per_step prompts_per_update tokens_per_forward max_response_tokens max_prompt_tokens eval_n " \
                "eval_questions max_rounds prompts_per_round save_every temperature lr max_grad_norm tensor_parallel".split()
@@ -200,9 +201,11 @@ def check(cfg, world_size):
                             ("overlong_buffer", 0, cfg.max_response_tokens)]:
         if not low <= getattr(cfg, name) <= high:
             fail(f"--{name} {getattr(cfg, name)}: must lie between {low:g} and {high}")
-    for name in ("gamma", "beta", "eta1", "eta2", "clip_high", "dual_clip", "kl_clamp", "noise_std", "importance_cap"):
+    for name in ("keep", "eval_every", "warmup_updates", "gamma", "beta", "eta1", "eta2", "clip_high", "dual_clip", "kl_clamp", "noise_std", "importance_cap"):
         if not getattr(cfg, name) >= 0:
             fail(f"--{name} {getattr(cfg, name)}: must not be negative")
+    if cfg.packing == "flat" and not cuda:
+        fail("--packing flat needs a CUDA device: FlexAttention has no backward pass on a CPU")
     if cfg.no_ref_kl and cfg.beta:
         fail(f"--no_ref_kl and --beta {cfg.beta} contradict each other; give one of them")
     if 0 < cfg.dual_clip <= 1:

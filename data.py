@@ -10,7 +10,7 @@ tokenizer and the image processor only, so that prompts need neither torchvision
 import hashlib
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,21 +117,36 @@ def encode(example, tok, image_processor):
     return Prompt(example, ids, pixel_values, grid)
 
 
+def encode_all(examples, tok, image_processor, blind=False):
+    """[Example] -> [Prompt] of those that can be read; the others are named on the console. blind: every picture is black."""
+    prompts = []
+    for e in examples:
+        try:
+            prompt = encode(e, tok, image_processor)
+            prompts.append(encode(replace(e, images=[Image.new("RGB", rgb(p).size) for p in e.images]), tok, image_processor) if blind else prompt)
+        except ValueError as error:
+            tqdm.write(f"warning: left out: {error}")
+    return prompts
+
+
 class Rows:
     """A data set in the released sets' schema, read row by row from disk: columns for the problem, the answer and the pictures (as bytes,
     dicts, paths or decoded) and perhaps `contrast`; or `messages`, a user's turn and the answer. Pictures are decoded when asked for.
 
     name: a hub name, a parquet, JSON or JSONL file, or a folder of them; name@split overrides the split.
-    root: where relative picture paths start; default: the file's own folder.
+    root: where relative picture paths start; default: the file's own folder. called: what the set is called in ids and messages.
     """
 
-    def __init__(self, name, split, columns=("problem", "answer", "images"), root=None):
+    def __init__(self, name, split, columns=("problem", "answer", "images"), root=None, called=None):
         from datasets import Image as ImageFeature, List, load_dataset
         name, _, given = str(name).partition("@")
-        path, self.name, self.columns = Path(name), Path(name).stem, columns
+        path, self.name, self.columns = Path(name), called or Path(name).stem, columns
         kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds) if path.is_dir() else []
-        files = [f for f in files if f.name.startswith(given or split)] or files
+        chosen = [f for f in files if f.name.startswith(given or split)]
+        if given and not chosen:
+            raise ValueError(f"it holds no file whose name begins with {given}")
+        files = chosen or files
         if files:
             rows = load_dataset(kinds[files[0].suffix], data_files=[str(f) for f in files], split="train")
         elif path.exists():
@@ -156,8 +171,9 @@ class Rows:
 
     def example(self, index, row):
         problem, answer = (row["messages"][0]["content"], row["messages"][1]["content"]) if self.chat else (row[c] for c in self.columns[:2])
-        images, contrast = ([self.locate(p) for p in row.get(c) or []] for c in (self.columns[2], "contrast"))
-        return Example(f"{self.name}-{row.get('id') or index}", (problem or "") + INSTRUCTION, "" if answer is None else str(answer), images, contrast)
+        images, contrast = (row.get(c) or [] for c in (self.columns[2], "contrast"))
+        images, contrast = ([self.locate(p) for p in (x if isinstance(x, list) else [x])] for x in (images, contrast))
+        return Example(f"{self.name}-{index if row.get('id') is None else row['id']}", (problem or "") + INSTRUCTION, "" if answer is None else str(answer), images, contrast)
 
     def locate(self, picture):
         """A relative path becomes one from root, if the file is there."""
@@ -228,14 +244,15 @@ def load(name, split, size, seed, columns=("problem", "answer", "images"), root=
         return ToyData(split, size, seed)
     try:
         if name == "mmk12":
-            return Rows(MMK12, "test")
+            return Rows(MMK12, "test", called=name)
         if name in BENCHMARKS:
             part = BENCHMARKS[name][0]
-            return Rows(Path(root) / "papo" / f"{part}.json", "train", root=Path(root) / "images") if root else \
-                Rows(EVAL_HUB, part, root=unzipped(f"{'We-Math_We-Math' if part == 'We_Math' else part}_images.zip"))
+            return Rows(Path(root) / "papo" / f"{part}.json", "train", root=Path(root) / "images", called=name) if root else \
+                Rows(EVAL_HUB, part, root=unzipped(f"{'We-Math_We-Math' if part == 'We_Math' else part}_images.zip"), called=name)
         return Rows(name, split, columns, root)
-    except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
-        fail(f"data {name!r} cannot be read ({str(error).splitlines()[0]}); give a hub name, a parquet, json or jsonl file or a folder of them")
+    except Exception as error:                               # of many kinds, depending on what is wrong with the file or the hub
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"data {name!r} cannot be read ({reason}); give a hub name, a parquet, json or jsonl file or a folder of them")
 
 
 def unzipped(file):

@@ -11,15 +11,13 @@ import argparse
 import json
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from config import check, fail, resolve
-from data import BENCHMARKS, Rows, Selection, encode, load, rgb
+from data import BENCHMARKS, Rows, Selection, encode_all, load
 from model import DTYPES, banned_tokens, load_processors, load_vlm, resolve_folder
 from report import left_out, write_atomically
 from reward import Grader, compute_score
@@ -35,14 +33,8 @@ def evaluate(sampler, examples, tok, image_processor, n, name, score, rounds=Non
     of them (an engine shared by several waits for all)."""
     with tqdm(total=len(examples) * n, desc=f"eval {name[-1]}", unit="response", disable=not progress, leave=False) as bar:
         for start in range(0, (rounds or math.ceil(len(examples) / CHUNK)) * CHUNK, CHUNK):
-            batch, prompts = examples[start:start + CHUNK], []
-            for e in batch:
-                if blind:
-                    e = replace(e, images=[Image.new("RGB", rgb(p).size) for p in e.images])
-                try:
-                    prompts.append(encode(e, tok, image_processor))
-                except ValueError as error:
-                    tqdm.write(f"warning: left out: {error}")
+            batch = examples[start:start + CHUNK]
+            prompts = encode_all(batch, tok, image_processor, blind)
             rollouts = sampler.generate(prompts, n, [(*name, p.example.id) for p in prompts])
             yield [{"id": p.example.id, "prompt": p.example.problem, "predict": r.texts[g], "label": p.example.answer, "tokens": len(r.tokens[g]),
                     "finished": r.finished[g], **p.example.tags, **score(r.texts[g], p.example.answer)}
@@ -158,6 +150,8 @@ def compare(first, second, chart):
     lines = [f"{'set':<12}{'first':>8}{'second':>8}{'gain':>8}{'95 % interval':>18}{'p':>8}{'relative':>10}"]
     shared, means = [s for s in a if s in b], []
     for s in shared:
+        if not set(a[s]) & set(b[s]):
+            fail(f"{first} and {second} share no question of {s}")
         difference, low, high, p = paired_test(a[s], b[s])
         both = [q for q in a[s] if q in b[s]]
         means.append([sum(x[s][q] for q in both) / len(both) for x in (a, b)])
@@ -182,7 +176,7 @@ def compare(first, second, chart):
 
 
 def rescore(path, out):
-    """Grade the responses of a file again -> lines of a table; writes them to out."""
+    """Grade the responses of a file again (overall as released) -> lines of a table; writes them to out."""
     sets, grader = read(path), Grader()
     for records in sets.values():
         for r in tqdm(records, desc="grading", unit="response"):
@@ -201,6 +195,8 @@ def answered(out, settings):
             changed = [f"{k} ({before.get(k)!r} then, {settings[k]!r} now)" for k in settings if before.get(k) != settings[k]]
             fail(f"{out} holds another evaluation: {', '.join(changed)}; give another --out")
         sets = read(out)
+    elif out.exists():
+        fail(f"{out} exists, but {about.name}, which says what it holds, does not; give another --out")
     else:
         sets = {}
     sets = {s: [r for r in records if len(by_question(records)[r["id"]]) == settings["n"]] for s, records in sets.items()}
@@ -254,7 +250,7 @@ def main():
     cuda, names = torch.cuda.is_available(), list(BENCHMARKS) if args.data == "all" else args.data.split(",")
     limits = {"max_response_tokens": args.max_response_tokens} if args.max_response_tokens else {}
     cfg, why = resolve({"model": args.model, "data": names[0], "sampler": args.sampler, "sleep": 0, **as_trained(args.model), **limits}, cuda)
-    check(cfg, 1)
+    check(cfg, 1, cuda)
     folder = resolve_folder(args.model, cfg.warm_steps)
     tok, image_processor = load_processors(folder, cfg)
     out = Path(args.out) if args.out else folder / f"eval-{Path(args.data).stem}{'-blind' if args.blind else ''}.jsonl"
@@ -272,6 +268,8 @@ def main():
                     print(f"note: {name} has {len(data)} questions here, and {BENCHMARKS[name][1]} in the paper")
                 data = Selection(data, faults)
             key = split if name == "toy" else name if name in BENCHMARKS else Path(name).stem
+            if key in sets:
+                fail(f"two sets are called {key}; evaluate them one at a time")
             known, whole = by_question(done.get(key, [])), range(min(args.questions or len(data), len(data)))
             sets[key] = [e for e in (data[i] for i in whole) if e.id not in known]
     vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu") if cfg.sampler == "hf" and any(sets.values()) else None

@@ -35,7 +35,10 @@ class Scores(NamedTuple):
 
 @cache
 def flex(compiled):
-    """FlexAttention; compiled, it skips the blocks of the mask that no token may see. A CPU runs it as it is, to test the layout."""
+    """FlexAttention; compiled, it skips the blocks of the mask that no token may see. A CPU runs it as it is, to test the layout.
+
+    torch gives up compiling after 8 lengths and then goes on with something slow and, backwards, wrong; so the limit is raised, and an error."""
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 256, True
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
@@ -50,7 +53,6 @@ class Policy(nn.Module):
     def __init__(self, vlm, banned, temperature=1.0, flat=False):
         super().__init__()
         self.vlm, self.temperature, self.flat = vlm, temperature, flat
-        self.always_look = False                                                # see `hidden`
         self.register_buffer("banned", banned, persistent=False)                # (V,) bool
         if flat:                                                                # the vision tower keeps its own attention
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -102,7 +104,7 @@ class Policy(nn.Module):
 
     def hidden(self, x):
         """-> (tokens, width): the outputs that predict the scored tokens."""
-        unseen = self.look_at_nothing() if x.pixel_values is None and self.always_look else 0.0
+        unseen = self.look_at_nothing() if x.pixel_values is None else 0.0
         if self.flat:
             rows, S = x.input_ids.shape
             allowed = create_block_mask(may_see(x.group, x.response), rows, None, S, S, device=x.input_ids.device)
@@ -114,7 +116,8 @@ class Policy(nn.Module):
 
     def look_at_nothing(self):
         """Run the vision tower on one token's worth of zeros, weighed with 0. A sharded tower is gathered by all processes together:
-        one whose prompts have no picture would leave the others waiting for it, in the forward and in the backward pass."""
+        one whose prompts have no picture would leave the others waiting for it, in the forward and in the backward pass. And so every
+        weight always has a gradient, and the optimiser's state is whole in every checkpoint."""
         vision = self.vlm.config.vision_config
         rows, width = vision.spatial_merge_size**2, 3 * vision.temporal_patch_size * vision.patch_size**2
         side = vision.spatial_merge_size
@@ -197,7 +200,6 @@ def sharded_policy(folder, banned, cfg, device):
     with torch.device("meta"):
         vlm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa", dtype=torch.float32).eval()
     policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
-    policy.always_look = True
     settings = dict(mp_policy=MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32),
                     offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy())
     for block in [*vlm.model.visual.blocks, *vlm.model.language_model.layers]:

@@ -103,6 +103,7 @@ def group_advantages(rewards, eps=1e-6):
     """
     if rewards.shape[-1] < 2:
         raise ValueError("a group of one response has no advantage; use a group size of at least 2")
+    rewards = rewards - rewards[..., :1]                # so that equal rewards are exactly 0: the float32 mean of eight 0.1 is not 0.1
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + eps)
 
@@ -134,7 +135,7 @@ def fill_batch(draw, cfg):
                 fate[verdict] += 1
         if len(kept) >= wanted:
             return kept[:wanted], {**fate, "surplus": len(kept) - wanted}
-    if fate["refused"] > fate["generated"]:
+    if not cfg.dynamic_sampling or fate["refused"] > fate["generated"]:
         raise ValueError(f"of {fate['generated'] + fate['refused']} prompts {fate['refused']} could not be used; the warnings above say why")
     raise ValueError(f"after {cfg.max_rounds} rounds of {cfg.prompts_per_round} prompts only {len(kept)} of {wanted} groups had an accuracy between "
                      f"{cfg.filter_low} and {cfg.filter_high}; {fate['too_easy']} were above and {fate['too_hard']} below, so the data is too "

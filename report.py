@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import fail
-from data import encode
+from data import encode_all, generator
 from loss import k3
 from masking import picture
 from model import score_only
@@ -110,7 +110,7 @@ def step_line(run, step, groups, fate, totals, optimiser, seconds):
     rewards = torch.stack([g.rewards for g in groups])
     lengths = [len(t) for g in groups for t in g.rollout.tokens]
     return {"step": step, "reward": rewards.mean().item(), **{k: scores[k].mean().item() for k in ("accuracy", "format", "overlong_penalty")},
-            **means, "equal_groups": (rewards.std(-1) == 0).float().mean().item(), "response_tokens": sum(lengths) / len(lengths),
+            **means, "equal_groups": (rewards == rewards[:, :1]).all(-1).float().mean().item(), "response_tokens": sum(lengths) / len(lengths),
             "cut_off": 1 - sum(f for g in groups for f in g.rollout.finished) / len(lengths), **optimiser,
             "skipped_updates": run.skipped, **{f"{k}_prompts": n for k, n in fate.items()},
             "grading_timeouts": sum(run.gather([run.grader.timeouts])), "seconds": seconds,
@@ -206,14 +206,16 @@ def _png(pixels):
 def samples(run, out, step, questions=4, n=4):
     """Roll out a few validation questions and add them to samples.html, newest first. Collective: every process calls it."""
     val = run.validation(run.val_split)
-    examples = [val[i] for i in range(min(questions, len(val)))]
-    prompts = [encode(e, run.tok, run.image_processor) for e in examples]
-    rollouts = run.sampler.generate(prompts, n, [(run.cfg.seed, "samples", e.id) for e in examples])
+    prompts = encode_all([val[i] for i in range(min(questions, len(val)))], run.tok, run.image_processor)
+    rollouts = run.sampler.generate(prompts, n, [(run.cfg.seed, "samples", p.example.id) for p in prompts])
     blocks = [f"<h2>after step {step}</h2>"]
-    for prompt, rollout in zip(prompts, rollouts):
+    for prompt, rollout in ((p, r) for p, r in zip(prompts, rollouts) if r):
         packed, pictures, kl = run.policy.pack([prompt], [rollout.tokens]), "", None
-        if prompt.grid is not None:
-            masked = run.mask(prompt, "samples mask", prompt.example.id)
+        try:
+            masked = run.masker(prompt, generator(run.cfg.seed, "samples mask", prompt.example.id))
+        except ValueError:                                     # validation data need not have what training needs, such as contrasts
+            masked = None
+        if masked is not None:
             scores = score_only(run.policy, packed.to(run.device), dataclasses.replace(packed, pixel_values=masked).to(run.device))
             kl = k3(scores.logp, scores.masked)[0][0].cpu()                                                     # (G, R)
             first = int(prompt.grid[0].prod())

@@ -52,9 +52,9 @@ class Grader:
         return max(len(given), len(truth)) <= LONGEST and self.ask(given, truth)
 
     def grade_all(self, pairs):
-        """[(given, truth), ...] -> [bool, ...], on all workers at once."""
+        """[(given or None, truth), ...] -> [bool, ...], on all workers at once; the verdicts are remembered."""
         with ThreadPoolExecutor(self.workers) as threads:
-            return list(threads.map(lambda pair: self.equal(*pair), pairs))
+            return list(threads.map(lambda pair: pair[0] is not None and self.equal(*pair), pairs))
 
     def _ask(self, given, truth):
         worker, answer = self.idle.get(), ""

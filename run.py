@@ -1,7 +1,8 @@
 """One process of a run: the models, the data and the sampler it holds, and where it stands among the others.
 
-Memory, per process, with N parameters over W processes: weights, gradients and Adam's two moments in float32 are 16 N / W bytes,
-the reference 4 N / W, and the sampler holds its own whole copy (2 N in bfloat16, shared by --tensor_parallel processes).
+Memory, per process, with N parameters over W processes: weights, gradients and Adam's two moments in float32 are 16 N / W bytes, the
+reference 4 N / W; while gradients add up over the passes of an update they are whole, 4 N; and the sampler holds its own whole copy (2 N in
+bfloat16, shared by --tensor_parallel processes).
 """
 import contextlib
 import os
@@ -42,8 +43,9 @@ class Run:
         self.barrier()                                                                       # the others wait
         self.folder = folder or resolve_folder(cfg.model, cfg.warm_steps)
         self.tok, self.image_processor = load_processors(self.folder, cfg)
-        columns = (cfg.problem_column, cfg.answer_column, cfg.images_column)     # data first: what is wrong with it shows in seconds
-        self.stream = Stream(self.usable(load(cfg.data, "train", 1_000_000, cfg.seed, columns)), cfg, self.tok, self.image_processor)
+        self.columns = (cfg.problem_column, cfg.answer_column, cfg.images_column)
+        self.stream = Stream(self.usable(load(cfg.data, "train", 1_000_000, cfg.seed, self.columns)), cfg, self.tok,       # data first: what is
+                             self.image_processor)                                                                         # wrong shows in seconds
         self.banned = banned_tokens(self.folder, self.tok).to(self.device)
 
         def new_policy():
@@ -79,8 +81,7 @@ class Run:
     def validation(self, split):
         """A split of --val_data, read once; the rows of a file that cannot be used are left out."""
         if split not in self.held_out:
-            data = load(self.cfg.val_data, split, self.cfg.eval_questions, 0)
-            self.held_out[split] = self.usable(data)
+            self.held_out[split] = self.usable(load(self.cfg.val_data, split, self.cfg.eval_questions, 0, self.columns))
         return self.held_out[split]
 
     def barrier(self):
@@ -88,9 +89,10 @@ class Run:
             dist.barrier()
 
     def sync_gradients(self, now):
-        """Whether the next backward pass exchanges gradients between processes; before the last one they only add up."""
+        """Whether the next backward pass exchanges gradients between processes. Before the last one they only add up, whole on each of
+        them: less to send, more to keep; with --cpu_offload, which asks for memory, they are exchanged each time."""
         if isinstance(self.policy, FSDPModule):
-            self.policy.set_requires_gradient_sync(now)
+            self.policy.set_requires_gradient_sync(now or self.cfg.cpu_offload)
 
     def close(self):
         """Let go of the grader's process, the engine and the process group."""
@@ -113,7 +115,7 @@ class Run:
             return self.cfg.sleep
         count = sum(p.numel() for p in self.policy.parameters())
         memory = torch.cuda.get_device_properties(self.device).total_memory
-        return sleep_level(count / self.world, self.reference is not None, memory, self.cfg.gpu_memory_utilization)
+        return sleep_level(count, self.world, self.reference is not None, memory, self.cfg.gpu_memory_utilization)
 
     def check_sync(self, questions=4):
         """Perturb, sync, compare: does the sampler follow the trainer? -> mean |difference| of log-probs, or None if they share weights."""
@@ -152,7 +154,7 @@ class Run:
         try:
             return self.masker(prompt, generator(self.cfg.seed, *name))
         except ValueError as error:
-            fail(str(error))
+            fail(str(error), here=True)
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -161,6 +163,6 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def sleep_level(parameters, reference, memory, utilization, room=20e9):
-    """0 if weights, gradients, moments, the reference and `room` bytes for activations fit beside an awake engine, else 2."""
-    return 0 if (16 + 4 * reference) * parameters + room <= (1 - utilization) * memory else 2
+def sleep_level(parameters, world, reference, memory, utilization, room=20e9):
+    """0 if all that the top of this file counts and `room` bytes for activations fit beside an awake engine, else 2."""
+    return 0 if ((16 + 4 * reference) / world + 4) * parameters + room <= (1 - utilization) * memory else 2

@@ -30,6 +30,7 @@ from eval import evaluate_splits, splits_of, table
 from model import Scores, score_only
 from packing import Packed, batches_within
 from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
+from reward import boxed
 from run import Run
 
 
@@ -55,6 +56,7 @@ def roll_out(run, step, positions):
         rollouts = run.sampler.generate([*prompts.values()], cfg.group_size, [(cfg.seed, "sample", step, p) for p in prompts])
     with run.phase("reward"):
         groups = []
+        run.grader.grade_all([(boxed(text), prompt.example.answer) for prompt, r in zip(prompts.values(), rollouts) if r for text in r.texts])
         for (p, prompt), r in zip(prompts.items(), rollouts):
             if r is None:
                 continue
@@ -164,6 +166,7 @@ def train_step(run, step):
     run.seconds, run.prompts = {}, {}
     groups, fate = collect(run, step)
     run.sampler.sleep()
+    run.prompts = {g.position: run.prompts[g.position] for g in groups if g.position in run.prompts}     # not those thrown away
     for group in groups:
         group.advantages = group_advantages(group.rewards)                       # (G,)
     slices = [groups[i:i + cfg.prompts_per_update] for i in range(0, len(groups), cfg.prompts_per_update)]
@@ -185,7 +188,7 @@ def train_step(run, step):
 def main():
     """Parse, prepare, train, and show what came out."""
     cfg, why = resolve(vars(parser().parse_args()), torch.cuda.is_available())
-    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available())
     first = int(os.environ.get("RANK", 0)) == 0
     say = tqdm.write if first else (lambda *_: None)
     say(f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on {cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, output {cfg.out}")
@@ -223,7 +226,7 @@ def main():
         if first:
             report.log(out, metrics)
             report.curves(out) if "val_accuracy" in metrics else None
-            for line in report.collapse_warnings(report.read_metrics(out)):
+            for line in report.collapse_warnings(report.read_metrics(out)) if cfg.gamma else []:
                 say(line)
         if last or asked_to_stop or (step + 1) % cfg.save_every == 0:
             checkpoint.save(run, step + 1)

@@ -39,7 +39,7 @@ def test_coefficients_are_the_papers(row):
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: "-".join(map(str, r)))
 def test_what_the_papers_runs_share(row):
     cfg = preset(*row)
-    check(cfg, 4)
+    check(cfg, 4, True)
     assert (cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_update, cfg.steps) == (384, 5, 128, 202)
     assert (cfg.lr, cfg.weight_decay, cfg.warmup_updates, cfg.max_grad_norm) == (1e-6, 0.01, 0, 1.0)
     assert (cfg.max_prompt_tokens, cfg.max_response_tokens) == (4096, 2048)
@@ -80,14 +80,15 @@ def test_a_branch_that_cannot_be_kept_is_recomputed():
 
 BAD = [(dict(no_ref_kl=True, beta=0.1), "contradict"), (dict(dual_clip=0.5), "greater than 1"), (dict(gamma=-0.1), "not be negative"),
        (dict(perception="exact", recompute_masked=False), "cannot be kept"), (dict(filter_low=-0.2), "between 0 and 1"),
-       (dict(overlong_buffer=4000), "between 0 and 2048"), (dict(group_size=1), "at least 2"), (dict(prompts_per_round=0), "greater than 0")]
+       (dict(overlong_buffer=4000), "between 0 and 2048"), (dict(keep=-1), "not be negative"),
+       (dict(tensor_parallel=2), "cannot be shared out"), (dict(group_size=1), "at least 2"), (dict(prompts_per_round=0), "greater than 0")]
 
 
 @pytest.mark.parametrize("flags,words", BAD, ids=lambda x: str(x)[:30])
 def test_settings_that_cannot_work_get_one_sentence(flags, words):
     cfg = resolve({"model": QWEN["3b"], **flags}, True)[0]
     with pytest.raises(SystemExit, match=words):
-        check(cfg, 1)
+        check(cfg, 1, True)
 
 
 @pytest.mark.parametrize("builds,cuda,choice,words", [
@@ -108,8 +109,14 @@ def test_vllm_samples_wherever_an_engine_can_run_and_the_reason_is_given(builds,
     assert cfg.sampler == "hf" and why["sampler"] == "as asked"
 
 
+def test_the_flat_layout_is_refused_without_a_gpu():
+    cfg = resolve({"model": "toy", "packing": "flat"}, False)[0]
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        check(cfg, 1, False)
+
+
 def test_the_engine_sleeps_when_it_must():
     """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room: beside half of a GPU, on so many bytes and processes."""
     from run import sleep_level
-    assert sleep_level(3.75e9, True, 80e9, 0.5) == 2 and sleep_level(3.75e9 / 8, True, 80e9, 0.5) == 0
-    assert sleep_level(3.75e9 / 4, False, 80e9, 0.5) == 0 and sleep_level(3.75e9 / 4, False, 80e9, 0.6) == 2
+    assert sleep_level(3.75e9, 1, True, 80e9, 0.5) == 2 and sleep_level(3.75e9, 16, True, 80e9, 0.5) == 0
+    assert sleep_level(1e9, 2, False, 80e9, 0.5) == 0 and sleep_level(1e9, 2, True, 80e9, 0.6) == 2           # 12 + 20 GB; 14 + 20 GB

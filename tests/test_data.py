@@ -130,6 +130,13 @@ def test_folders_splits_and_column_names(tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "<image> ?", "label": 3, "pictures": ["a.png"]}))
     example = Rows(tmp_path / "other.jsonl", "train", ("question", "label", "pictures"))[0]
     assert example.problem.startswith("<image> ?") and example.answer == "3" and example.images == ["a.png"]
+    with pytest.raises(SystemExit, match="no file whose name begins with nonsense"):
+        load(f"{tmp_path}@nonsense", "train", 0, 0)
+    (tmp_path / "ids.jsonl").write_text("\n".join(json.dumps({"id": i, "problem": "?", "answer": "3", "images": []}) for i in (2, 0, 1)))
+    assert [Rows(tmp_path / "ids.jsonl", "train")[i].id for i in range(3)] == ["ids-2", "ids-0", "ids-1"]
+    (tmp_path / "broken.jsonl").write_text("{'not': json}\n")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        load(str(tmp_path / "broken.jsonl"), "train", 0, 0)
     with pytest.raises(SystemExit, match="has no column answer, problem.*--problem_column"):
         Rows(tmp_path / "other.jsonl", "train", ("problem", "answer", "pictures"))
 
@@ -225,7 +232,9 @@ def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
     rows[3] |= {"problem": "how many red objects are there ?", "images": []}
     rows[4] |= {"problem": "<image> and <image> same ?", "images": rows[4]["images"] + rows[5]["images"]}
     rows[6] |= {"images": [rows[6]["images"][0][:-200]]}                           # whole in its header, broken in its body: found when it is read
-    train, test = parquet(tmp_path / "train.parquet", rows), parquet(tmp_path / "test.parquet", example_rows(4, "val"))
+    held_out = example_rows(4, "val")
+    held_out[1] |= {"images": [held_out[1]["images"][0][:-200]]}                   # such a row in the validation data ends nothing either
+    train, test = parquet(tmp_path / "train.parquet", rows), parquet(tmp_path / "test.parquet", held_out)
     toy = [f for flags in zip(SMALL[::2], SMALL[1::2]) if flags[0] not in ("--warm_steps",) for f in flags]
     done = command("train.py", "--model", folder, "--data", train, "--val_data", test, "--out", tmp_path / "run", *toy, "--steps", 2, "--eval_every", 1,
                    "--max_prompt_tokens", 256, "--max_response_tokens", 32, "--dtype", "float32", "--min_pixels", 784, "--max_pixels", 50176)
@@ -239,6 +248,6 @@ def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
     done = command("eval.py", "--model", tmp_path / "run" / "checkpoint-2", "--sampler", "hf", "--data", f"{train},{test}", "--n", 2, "--out", tmp_path / "answers.jsonl")
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 2 * (5 + 4) and {r["split"] for r in answers} == {"train", "test"}
+    assert len(answers) == 2 * (5 + 3) and {r["split"] for r in answers} == {"train", "test"}
     strict = command("eval.py", "--model", folder, "--sampler", "hf", "--data", train, "--strict", "--out", tmp_path / "s.jsonl")
     assert strict.returncode != 0 and "row 1 of train: a picture cannot be read" in strict.stderr

@@ -115,6 +115,10 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(answered, tmp_path):
     assert order(copy) == order(out) and done.stdout.splitlines()[:-1] == stdout.splitlines()[:-1]
     again = command("eval.py", *flags[:-1], copy)                              # nothing left to do: no model is loaded
     assert again.stdout == done.stdout
+    (tmp_path / "responses.settings.json").rename(tmp_path / "elsewhere.json")
+    lost = command("eval.py", *flags[:-1], copy)                               # what cannot be recognised is not overwritten
+    assert lost.returncode != 0 and "give another --out" in lost.stderr and order(copy) == order(out)
+    (tmp_path / "elsewhere.json").rename(tmp_path / "responses.settings.json")
     other = command("eval.py", *flags[:-1], copy, "--seed", 2)
     assert other.returncode != 0 and "holds another evaluation: seed (1 then, 2 now)" in other.stderr
 

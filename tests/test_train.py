@@ -217,6 +217,15 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
         assert moved[2][name] == pytest.approx(whole[2][name], rel=2e-2, abs=1e-4), name
 
 
+def test_a_run_without_any_picture_resumes(folder, tmp_path):
+    """The vision tower has no part in it, and still has its place in the optimiser's state."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"problem": f"how many red objects are there ? {i}", "answer": "3", "images": []}) for i in range(8)))
+    flags = ["--model", folder, "--data", tmp_path / "text.jsonl", "--max_response_tokens", 8, "--dtype", "float32", "--lr", "1e-4"]
+    train_on(1, tmp_path / "run", *flags, "--steps", 1)
+    lines = train_on(1, tmp_path / "run", *flags, "--steps", 2, "--resume")
+    assert len(lines) == 2 and all(m["perception_kl"] == 0 for m in lines)
+
+
 def test_micro_batches_are_memory_only(tmp_path):
     train(tmp_path / "small", "--steps", 1)
     train(tmp_path / "large", "--steps", 1, "--tokens_per_forward", 400)
@@ -305,7 +314,7 @@ def one_run(tmp_path, folder, **flags):
     from config import check, resolve
     small = {"sampler": "hf", "prompts_per_step": 4, "prompts_per_update": 2, "tokens_per_forward": 1, "group_size": 4}
     cfg = resolve({"model": str(folder), "data": "toy", "out": str(tmp_path), **small, **flags}, False)[0]
-    check(cfg, 1)
+    check(cfg, 1, False)
     return module, module.Run(cfg)
 
 
