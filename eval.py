@@ -125,6 +125,11 @@ def splits_of(data):
     return ["test"]
 
 
+def as_lines(records):
+    """Records -> text, one JSON line each."""
+    return "".join(json.dumps(r) + "\n" for r in records)
+
+
 def read(path):
     """A file of responses -> {set: records}; a line cut short by a crash is ignored."""
     sets = {}
@@ -171,7 +176,6 @@ def compare(first, second, chart):
     axis.set(xticks=[i + 0.2 for i in range(len(shared))], xticklabels=shared, ylabel="avg@n (%)")
     axis.legend()
     figure.savefig(chart, dpi=100)
-    plt.close(figure)
     return lines + [f"chart: {chart}"]
 
 
@@ -182,13 +186,13 @@ def rescore(path, out):
         for r in tqdm(records, desc="grading", unit="response"):
             r |= compute_score(r["predict"], r["label"], grader)
     grader.close()
-    write_atomically(Path(out), "".join(json.dumps(r) + "\n" for records in sets.values() for r in records))
+    write_atomically(Path(out), as_lines(r for records in sets.values() for r in records))
     return [*table({s: summarise(r) for s, r in sets.items()}), f"responses: {out}"]
 
 
 def answered(out, settings):
     """What a stopped evaluation left in its file: {set: records} of the questions that are whole. Ends with a sentence if it was another one's."""
-    about = out.with_name(f"{out.stem}.settings.json")
+    sets, about = {}, out.with_name(f"{out.stem}.settings.json")
     if out.exists() and about.exists():
         before = json.loads(about.read_text())
         if before != settings:
@@ -197,12 +201,12 @@ def answered(out, settings):
         sets = read(out)
     elif out.exists():
         fail(f"{out} exists, but {about.name}, which says what it holds, does not; give another --out")
-    else:
-        sets = {}
-    sets = {s: [r for r in records if len(by_question(records)[r["id"]]) == settings["n"]] for s, records in sets.items()}
+    for s, records in sets.items():
+        questions = by_question(records)
+        sets[s] = [r for r in records if len(questions[r["id"]]) == settings["n"]]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(about, json.dumps(settings, indent=1))
-    write_atomically(out, "".join(json.dumps(r) + "\n" for records in sets.values() for r in records))
+    write_atomically(out, as_lines(r for records in sets.values() for r in records))
     return sets
 
 
@@ -279,8 +283,9 @@ def main():
         for key, examples in sets.items():
             for records in evaluate(sampler, examples, tok, image_processor, args.n, (args.seed, "eval", key),
                                     lambda text, answer: compute_score(text, answer, grader, cfg.reward), blind=args.blind):
-                done.setdefault(key, []).extend({"split": key, **r} for r in records)
-                file.write("".join(json.dumps({"split": key, **r}) + "\n" for r in records))
+                records = [{"split": key, **r} for r in records]
+                done.setdefault(key, []).extend(records)
+                file.write(as_lines(records))
                 file.flush()
     grader.close()
     if sampler:
