@@ -1,44 +1,56 @@
 """The terms of the objective, as pure functions of tensors.
 
-Notation, per token o_t of a response (every function works on any shape, one number a token):
+Notation, for one token o_t of a response o to the question q about the picture I:
 
-    logp    l_t = log pi_theta(o_t | q, I, o_<t)        the policy that is being trained, on the picture
-    old     log pi_old(o_t | q, I, o_<t)                the policy that sampled the response
-    masked  a_t = log pi_theta(o_t | q, I_mask, o_<t)   the same policy, on the masked picture
-    ref     log pi_ref(o_t | q, I, o_<t)                the policy before training
+    logp     log pi_theta(o_t | q, I, o_<t)        the policy that is being trained, on the picture
+    old      log pi_old  (o_t | q, I, o_<t)        the policy that sampled the response
+    masked   log pi_mask (o_t | q, I_mask, o_<t)   the policy on the masked picture (train.py says
+                                                   with which weights)
+    ref      log pi_ref  (o_t | q, I, o_<t)        the policy before training
 
-The exact terms take whole distributions instead of sampled tokens: dist = log pi_theta(. | q, I, o_<t), (..., V).
-Nothing here knows about batches, prompts or padding, and no function changes its inputs.
+Every function works on any shape, one number a token. The exact terms take whole distributions
+instead of sampled tokens: dist = log pi_theta(. | q, I, o_<t), shape (..., V).
+
+Nothing here knows about batches, prompts, padding or settings, and no function changes its inputs.
+papo.py adds the terms up.
 """
+
 import torch
 
-LOG_RATIO_CLAMP = 20.0        # as released: e^20 is still a float, and no useful ratio is that large
+LOG_RATIO_CLAMP = 20.0  # as released: keeps exp() from overflowing
 
 
 def policy_logits(logits, temperature=1.0, banned=None):
-    """Logits of the distribution that is sampled from and scored: softmax(logits / temperature) without the banned tokens.
+    """The logits of the distribution that is sampled from and scored.
 
-    logits (..., V), banned (V,) bool or None -> (..., V), at least float32. One home for both uses: a log-probability scored
-    under another distribution than the one sampled from makes the ratio of Eq. (1) wrong.
+    That distribution is softmax(logits / temperature) without the banned tokens. The samplers and
+    the trainer both call this function, since a log-probability scored under another distribution
+    than the one sampled from makes the ratio of Eq. (1) wrong.
+
+    logits (..., V); banned (V,) bool or None -> (..., V), at least float32
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return logits if banned is None else logits.masked_fill(banned, float("-inf"))
 
 
 def token_logprobs(logits, targets):
-    """Log-probability of each target under softmax(logits). logits (N, V), targets (N,) int64 -> (N,)"""
+    """Log-probability of each target under softmax(logits). logits (N, V), targets (N,) -> (N,)"""
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def clipped_surrogate(logp, old, advantage, clip_low, clip_high, dual_clip):
-    """The clipped policy term of Eq. (1), as a loss, and where it was clipped.
+    """The policy term of Eq. (1), as a loss, and where it was clipped.
 
-    rho = pi_theta / pi_old;   loss = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
-    "Clip higher": clip_high > clip_low leaves rare good tokens room to grow; used for GRPO too (section 4.1).
-    Dual clip (released code): for A < 0 the loss is at most dual_clip * |A|, so that one token whose ratio exploded cannot rule
-    the step; 0 turns it off.
+        rho = pi_theta / pi_old
+        loss = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
 
-    logp, old, advantage broadcast together -> (loss, high, low): float, bool, bool; high: rho above its bound with A > 0.
+    "Clip higher", clip_high > clip_low, leaves rare good tokens room to grow; the paper uses it for
+    GRPO too (section 4.1). The dual clip of the released code bounds the loss of a token with A < 0
+    by dual_clip |A|, so that one token whose ratio exploded cannot rule the step; 0 turns it off.
+
+    logp, old, advantage broadcast together -> (loss, high, low): float, bool, bool
+    high: rho is above its upper bound and A > 0; low: rho is below its lower bound and A < 0. Such
+    tokens have no gradient. Tokens at the dual clip are not counted.
     """
     rho = (logp - old).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     loss = -torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -48,24 +60,35 @@ def clipped_surrogate(logp, old, advantage, clip_low, clip_high, dual_clip):
 
 
 def importance_weight(old, sampled, cap):
-    """Truncated importance sampling: min(pi_old / pi_sampler, cap), a weight on the policy term without a gradient.
+    """Truncated importance sampling: min(pi_old / pi_sampler, cap), without a gradient.
 
-    pi_old is the trainer's word on the sampled token, pi_sampler the engine's; the same policy, but not the same kernels or
-    precision (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    pi_old is what the trainer says of the sampled token, pi_sampler what the engine says. They are
+    the same policy, but not the same kernels or precision (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training").
     """
-    return (old - sampled).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp().clamp(max=cap).detach()
+    ratio = (old - sampled).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    return ratio.clamp(max=cap).detach()
 
 
 def k3(logp, other, clamp=10.0):
-    """Schulman's k3 estimate of KL(pi || other) from tokens sampled by pi: d = other - logp, k3 = e^d - d - 1 >= 0.
+    """Schulman's k3 estimate of KL(pi || other) from tokens that pi sampled; always >= 0.
 
-    Its mean over pi's own samples is KL(pi || other). With `other` held fixed, its gradient in logp is 1 - e^d: on the
-    perception term it raises tokens that the picture made likelier (d < 0, saturating at 1) and lowers tokens that
-    the blind policy likes better (d > 0). What the paper prints for KL_prcp, r - log r - 1 with r = pi / pi_mask, is this function
-    with its arguments exchanged, k3(masked, logp): an estimate of KL(pi_mask || pi), had the tokens come from pi_mask.
+        k3 = e^d - d - 1,  d = other - logp
 
-    -> (value, clamped): clamped is true where a clamp has cut the gradient to zero: the value at `clamp` (released: 10;
-    0 turns it off), or the log-ratio at +-20.
+    Its mean over pi's own samples is KL(pi || other). With `other` held fixed its gradient in logp
+    is 1 - e^d, and averaged over pi's samples that is the gradient of KL(other || pi), not of
+    KL(pi || other) (tests/test_theory.py, the second fact). Maximised as PAPO's perception term,
+    with other = masked, it raises the tokens that the picture made likelier (d < 0; the push is at
+    most 1) and lowers those that the policy likes better without the picture (d > 0; the push
+    grows like e^d). Three sampled tokens, each at a place of its own:
+
+        token                 pi     pi_mask    d         k3      1 - e^d
+        read off the picture  .90    .09       -2.303    1.403    +0.9     raised
+        the same either way   .50    .50        0        0         0       left alone
+        a habit of language   .20    .40       +0.693    0.307    -1       lowered
+
+    -> (value, clamped): clamped is true where a clamp has cut the gradient to zero: the value at
+    `clamp` (released: 10; 0 turns it off), or the log-ratio at +-20.
     """
     d = other - logp
     inside = d.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
@@ -73,35 +96,56 @@ def k3(logp, other, clamp=10.0):
     return value, at_top | (d.abs() > LOG_RATIO_CLAMP)
 
 
-def exact_kl(dist, other, clamp=0.0):
-    """KL(pi || other) = sum_v pi(v) (log pi(v) - log other(v)) over the whole vocabulary, at each position.
+def printed_kl(logp, masked, clamp=0.0):
+    """KL_prcp as the paper prints it in section 3.2: r - log r - 1, with r = pi / pi_mask.
 
-    dist, other (..., V) log-probabilities, -inf for banned tokens (the same ones in both) -> (value, clamped), (...) each.
-    No sampling noise, and its gradient is that of the KL itself; k3 only has the right mean.
+    The released code computes k3(logp, masked) = 1/r + log r - 1 instead. The printed form is k3
+    with the roles of the two policies exchanged, an estimate of KL(pi_mask || pi) if the tokens
+    came from pi_mask. They come from pi, so its mean is chi^2(pi || pi_mask) - KL(pi || pi_mask)
+    (tests/test_theory.py). -> (value, clamped), as k3
     """
-    outside = dist == float("-inf")                                             # pi(v) = 0: contributes 0, not 0 * inf
+    return k3(masked, logp, clamp)
+
+
+# What --perception can estimate from sampled tokens: f(logp, masked, clamp) -> (value, clamped).
+# The other choice, exact_kl below, needs whole distributions, so plumbing/policy.py calls it.
+PERCEPTION = {"k3": k3, "printed": printed_kl}
+
+
+def exact_kl(dist, other, clamp=0.0):
+    """KL(pi || other) = sum_v pi(v) (log pi(v) - log other(v)) over the whole vocabulary.
+
+    No sampling noise, and its gradient is that of the KL itself; k3 only has the right mean.
+
+    dist, other (..., V) log-probabilities, -inf for banned tokens, which are the same in both
+    -> (value, clamped), (...) each
+    """
+    outside = dist == float("-inf")  # pi(v) = 0 contributes 0, not 0 times infinity
     ratio = (dist - other).masked_fill(outside, 0.0)
     return _clamp((dist.exp() * ratio).sum(-1), clamp)
 
 
 def _clamp(value, clamp):
-    """Cap a KL at `clamp` nats (0: no cap); beyond it the gradient is zero. -> (value, where it was capped)"""
-    return (value.clamp(max=clamp), value > clamp) if clamp else (value, torch.zeros_like(value, dtype=torch.bool))
+    """Cap a KL at `clamp` nats (0: no cap), beyond which it has no gradient -> (value, capped)"""
+    if not clamp:
+        return value, torch.zeros_like(value, dtype=torch.bool)
+    return value.clamp(max=clamp), value > clamp
 
 
 def sampled_entropy(logp):
-    """The "entropy" of the released code: the negative log-likelihood of the sampled token, whose mean estimates H.
+    """The "entropy" of the released code: -log pi of the sampled token, whose mean estimates H.
 
-    Its expected gradient is zero while the tokens come from pi itself; exact_entropy is the regulariser that the name promises.
+    Its expected gradient is zero while the tokens come from pi itself. exact_entropy has the
+    gradient of H.
     """
     return -logp
 
 
 def exact_entropy(dist):
-    """H[pi] = -sum_v pi(v) log pi(v) at each position. dist (..., V) log-probabilities, -inf for banned tokens -> (...)"""
+    """H[pi] = -sum_v pi(v) log pi(v). dist (..., V) log-probs, -inf for banned tokens -> (...)"""
     return -(dist.exp() * dist.masked_fill(dist == float("-inf"), 0.0)).sum(-1)
 
 
-def masked_sum(x, mask):
-    """Sum of x where mask is true. Padding may hold anything, infinities included."""
-    return torch.where(mask, x, 0.0).sum()
+def scored_sum(x, scored):
+    """The sum of x over the tokens that count. Padding may hold anything, infinities included."""
+    return torch.where(scored, x, 0.0).sum()

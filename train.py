@@ -1,250 +1,255 @@
-"""Train a vision-language model with PAPO. The whole loop is in this file; every formula is a call into loss.py or papo.py.
+"""Train a vision-language model with PAPO. The whole loop is in this file, and every formula is a
+call into loss.py or papo.py.
 
-    torchrun train.py --algo papo_g                                    # a laptop: the toy model, in minutes
-    torchrun --nproc_per_node 2 train.py --algo papo_g --steps 3       # two processes, FSDP2
+    torchrun train.py --algo papo_g                                 # a laptop: the toy, in minutes
+    torchrun --nproc_per_node 2 train.py --algo papo_g --steps 3    # two processes, FSDP2
 
-One step:  roll out G responses a prompt  ->  rule reward  ->  group advantages  ->  log-probs: old, masked picture, reference
-           ->  one or several optimiser updates on the objective of papo.py  ->  weights back to the sampler
+One step is `train_step` below:
 
-Rollouts are small and pictures are not: processes exchange all rollouts of a step (token ids, log-probs, scores), and each reads
-again the pictures of the prompts it will train on. So advantages, dynamic sampling and the denominator are plain local
-arithmetic on the whole batch, and nothing depends on the number of processes.
+    roll out G responses a prompt -> rule reward -> group advantages -> log-probs of the responses
+    on the picture and on the masked picture -> optimiser updates on the objective -> weights back
+    to the sampler
+
+Rollouts are small and pictures are not. So the processes exchange all rollouts of a step (token
+ids, log-probs, scores), and each reads again the pictures of the prompts it will train on. Then
+advantages, dynamic sampling and the denominator are plain local arithmetic on the whole batch, and
+nothing depends on the number of processes.
 """
-import json
-import math
+
 import os
-import signal
 import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import report
-from config import check, fail, parser, resolve
-from eval import evaluate_splits, splits_of, table
-from model import Scores, score_only
-from packing import Packed, batches_within
-from papo import Group, fill_batch, group_advantages, objective, overlong_penalty
-from reward import boxed
-from run import Run
+import papo
+from plumbing import checkpoint, report
+from plumbing.checkpoint import Progress
+from plumbing.common import Clock, fail, generator, stop_requests
+from plumbing.config import check, parser, resolve
+from plumbing.packing import Packed, join, my_batches, padded
+from plumbing.policy import Joint, Scores, score_only
+from plumbing.setup import check_sampler, setup
+from plumbing.watch import evaluate, show, watch
+from reward import score
 
 
 @dataclass
-class Micro:
-    """One forward pass worth of groups: B of them, and what is known about their tokens before the update."""
-    picture: Packed                   # in host memory until it is used
-    masked: Packed                    # the same rows on I_mask; only pixel_values differ
-    advantages: torch.Tensor          # (B, G)
-    sees: torch.Tensor                # (B,) bool: has a picture
-    sampled: torch.Tensor             # (B, G, R) log-probs that the sampler reported
-    old: torch.Tensor | None = None         # (B, G, R) log-probs that stay as they are during a step; None: equal to the
-    ref: torch.Tensor | None = None         #           current ones (old), or not needed (ref, blind)
-    blind: Scores | None = None             # the masked branch where it is kept for the whole step
+class MicroBatch:
+    """The groups of one forward pass, B of them, and what is known of their tokens beforehand."""
+
+    rows: Packed  # in host memory until it is used
+    advantages: torch.Tensor  # (B, G)
+    pictured: torch.Tensor  # (B,) bool: has the prompt a picture?
+    sampled: torch.Tensor  # (B, G, R) log-probs that the sampler reported
+    old: torch.Tensor | None = None  # (B, G, R); None: equal to the current ones
+    ref: torch.Tensor | None = None  # (B, G, R); None: no reference
+    masked: Scores | None = None  # pi_mask where it is kept for the whole step
 
 
-def roll_out(run, step, positions):
-    """Sample and score the prompts at these positions of the stream, shared between the processes -> [Group] of all of them,
-    but for the prompts that could not be read or were refused by the sampler."""
-    cfg = run.cfg
-    with run.phase("rollout"):
-        prompts = {p: prompt for p in positions[run.rank::run.world] if (prompt := run.readable(p))}
-        rollouts = run.sampler.generate([*prompts.values()], cfg.group_size, [(cfg.seed, "sample", step, p) for p in prompts])
-    with run.phase("reward"):
-        groups = []
-        run.grader.grade_all([(boxed(text), prompt.example.answer) for prompt, r in zip(prompts.values(), rollouts) if r for text in r.texts])
-        for (p, prompt), r in zip(prompts.items(), rollouts):
-            if r is None:
-                continue
-            late = overlong_penalty(torch.tensor([len(t) for t in r.tokens]), cfg.max_response_tokens, cfg.overlong_buffer)
-            scores = [run.score(text, prompt.example.answer) | {"overlong_penalty": x} for text, x in zip(r.texts, late.tolist())]
-            groups.append(Group(p, len(prompt.ids), r, scores, [finished or not cfg.mask_cut_off for finished in r.finished]))
-    return sorted(run.gather(groups), key=lambda g: g.position)
+def train_step(parts, progress):
+    """One step of the loop, on parts (plumbing.setup.Parts) -> its line of metrics."""
+    cfg, clock, step = parts.cfg, Clock(), progress.step
+    groups, prompts, fate = collect(parts, progress, clock)
+    parts.sampler.sleep()
+    for group in groups:
+        group.advantages = papo.group_advantages(group.rewards)  # (G,)
+    size = cfg.prompts_per_update
+    shares = [groups[i : i + size] for i in range(0, len(groups), size)]
+    with clock("pack"):
+        updates = [micro_batches(share, prompts, parts, step) for share in shares]
+    score_before(updates, parts, clock)
+    totals, norms = {}, []
+    with clock("update"):
+        for share, batches in zip(shares, updates):
+            lengths = [n for group in share for n in group.lengths]
+            N = papo.Denominators(max(1, sum(lengths)), max(1, len(lengths)))
+            sums, norm, lr = update(batches, N, parts)
+            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+            norms.append(norm)
+    with clock("sync"):
+        parts.sampler.sync(parts.policy)
+    progress.step += 1
+    metrics = {"step": progress.step, **report.of_groups(groups), **report.of_totals(totals)}
+    skipped = parts.optimiser.skipped
+    metrics |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "skipped_updates": skipped}
+    metrics |= {f"{name}_prompts": n for name, n in fate.items()}
+    metrics |= {"grading_timeouts": sum(parts.processes.gather([parts.grader.timeouts]))}
+    return metrics | report.of_time(clock, groups) | report.memory_gb()
 
 
-def collect(run, step):
-    """One step's groups -> (groups of the whole batch in order, {what became of the prompts that were rolled out: how many})."""
+def collect(parts, progress, clock):
+    """The groups of one step -> (groups of the whole batch in order, {position: Prompt} of those
+    that this process has read, {what became of the prompts rolled out: how many})"""
+    processes, prompts = parts.processes, {}
+
     def draw(n):
-        run.cursor += n
-        return roll_out(run, step, range(run.cursor - n, run.cursor))
+        positions = range(progress.cursor, progress.cursor + n)
+        progress.cursor += n
+        with clock("rollout"):
+            mine = parts.stream.read(positions[processes.rank :: processes.world])
+        prompts.update(mine)
+        groups = roll_out(mine, parts, progress.step, clock)
+        return sorted(processes.gather(groups), key=lambda g: g.position)
 
     try:
-        return fill_batch(draw, run.cfg)
+        groups, fate = papo.fill_batch(draw, parts.cfg)
     except ValueError as error:
-        fail(f"step {step + 1}: {error}")
+        fail(f"step {progress.step + 1}: {error}")
+    return groups, prompts, fate
 
 
-def micro_batches(run, groups, step):
-    """This process's share of one update's groups -> [Micro]"""
-    cfg, n, batches = run.cfg, len(groups) // run.world, []
-    shares = [groups[r * n:(r + 1) * n] for r in range(run.world)]
-    lengths = [[g.packed_tokens for g in share] for share in shares]
-    passes = max(len(batches_within(x, cfg.tokens_per_forward)) for x in lengths)       # the same number on every process
-    for chosen in batches_within(lengths[run.rank], cfg.tokens_per_forward, passes):
-        part = [shares[run.rank][i] for i in chosen]
-        prompts = [run.prompt(g.position) for g in part]
-        scored = [[torch.full((len(t),), counts) for t, counts in zip(g.rollout.tokens, g.counts)] for g in part]
-        packed = run.policy.pack(prompts, [g.rollout.tokens for g in part], scored)
-        masked, sees = packed, [p.grid is not None for p in prompts]
-        if any(sees) and (cfg.gamma or cfg.eta2):              # I_mask: one draw a prompt, shared by its G responses
-            hidden = [run.mask(p, "mask", step, g.position) for p, g in zip(prompts, part)]
-            masked = replace(packed, pixel_values=torch.cat([x for x in hidden if x is not None]))
-        sampled = torch.zeros(packed.mask.shape)
-        for b, g in enumerate(part):
-            for row, logprobs in zip(sampled[b], g.rollout.logprobs):
-                row[:len(logprobs)] = logprobs
-        batches.append(Micro(packed, masked, torch.stack([g.advantages for g in part]).to(run.device),
-                             torch.tensor(sees, device=run.device), sampled.to(run.device)))
+def roll_out(prompts, parts, step, clock):
+    """Sample G responses to each of these prompts, and grade them. {position: Prompt} -> [Group],
+    without the prompts that the sampler refused"""
+    cfg, G = parts.cfg, parts.cfg.group_size
+    with clock("rollout"):
+        names = [(cfg.seed, "sample", step, position) for position in prompts]
+        rollouts = parts.sampler.generate([*prompts.values()], G, names)
+    with clock("reward"):
+        done = [(*item, r) for item, r in zip(prompts.items(), rollouts) if r is not None]
+        texts = [text for _, _, rollout in done for text in rollout.texts]
+        truths = [prompt.example.answer for _, prompt, _ in done for _ in range(G)]
+        scores, groups = score(texts, truths, parts.grader, cfg.reward), []
+        for i, (position, prompt, r) in enumerate(done):
+            lengths = torch.tensor([len(t) for t in r.tokens])
+            penalties = papo.overlong_penalty(lengths, cfg.max_response_tokens, cfg.overlong_buffer)
+            pairs = zip(scores[i * G : (i + 1) * G], penalties.tolist())
+            whole = [s | {"overlong_penalty": penalty} for s, penalty in pairs]
+            counted = [finished or not cfg.mask_cut_off for finished in r.finished]
+            groups.append(papo.Group(position, len(prompt.ids), r, whole, counted))
+    return groups
+
+
+def micro_batches(groups, prompts, parts, step):
+    """This process's share of one update's groups -> [MicroBatch]"""
+    cfg, device, batches = parts.cfg, parts.processes.device, []
+    lengths = [g.packed_tokens for g in groups]
+    for indices in my_batches(lengths, parts.processes, cfg.tokens_per_forward):
+        chosen = [groups[i] for i in indices]
+        read = [prompts.get(g.position) or parts.stream[g.position] for g in chosen]
+        tokens = [g.rollout.tokens for g in chosen]
+        pairs = [zip(g.rollout.tokens, g.counted) for g in chosen]
+        scored = [[torch.full((len(t),), counted) for t, counted in pair] for pair in pairs]
+        rows = parts.policy.pack(read, tokens, scored)
+        if cfg.masked_branch != "off":
+            rows.masked_pixels = mask_pictures(chosen, read, parts, step)
+        sampled = padded([g.rollout.logprobs for g in chosen], rows.scored.shape).to(device)
+        advantages = torch.stack([g.advantages for g in chosen]).to(device)
+        pictured = torch.tensor([p.grid is not None for p in read], device=device)
+        batches.append(MicroBatch(rows, advantages, pictured, sampled))
     return batches
 
 
-def score_fixed(run, updates):
-    """What stays as it is while a step's updates change the weights: old, reference, and the masked branch unless recomputed."""
-    cfg = run.cfg
+def mask_pictures(groups, prompts, parts, step):
+    """I_mask of each prompt, one draw for all its responses -> pixels (N, D), or None"""
+    names = [(parts.cfg.seed, "mask", step, group.position) for group in groups]
+    try:
+        pixels = [parts.masker(p, generator(*name)) for p, name in zip(prompts, names)]
+    except ValueError as error:
+        fail(str(error), here=True)
+    return join(pixels)
+
+
+def score_before(updates, parts, clock):
+    """What stays as it is while a step's updates change the weights: pi_old, pi_ref, and, as
+    released, pi_mask without a gradient."""
+    policy, cfg = parts.policy, parts.cfg
     for u, batches in enumerate(updates):
-        for micro in batches:
-            if u > 0:                                          # before the first update pi_old is pi_theta itself
-                with run.phase("old"):
-                    micro.old = score_only(run.policy, micro.picture.to(run.device)).logp
-            if (cfg.gamma or cfg.eta2) and not cfg.recompute_masked:
-                with run.phase("masked"):
-                    micro.blind = score_only(run.policy, micro.masked.to(run.device), exact=cfg.entropy == "exact")
-            if run.reference is not None:
-                with run.phase("reference"):
-                    micro.ref = score_only(run.reference, micro.picture.to(run.device)).logp
+        for batch in batches:
+            rows = batch.rows.to(parts.processes.device)
+            if u > 0:  # at the first update pi_old is pi_theta itself, and log_probs detaches it
+                with clock("old"):
+                    batch.old = score_only(policy, rows, rows.pixels).logp
+            if cfg.masked_branch == "kept":
+                exact = cfg.entropy == "exact"  # the entropy over the whole vocabulary as well
+                with clock("masked"):
+                    batch.masked = score_only(policy, rows, rows.masked_pixels, exact)
+            if parts.reference is not None:
+                with clock("reference"):
+                    batch.ref = score_only(parts.reference, rows, rows.pixels).logp
 
 
-def score_current(run, micro):
-    """The pass with a gradient -> Scores of the picture, and of the masked picture: this update's or the one that was kept."""
-    cfg, fresh = run.cfg, (run.cfg.gamma or run.cfg.eta2) and run.cfg.recompute_masked
-    scores = run.policy(micro.picture.to(run.device), micro.masked.to(run.device) if fresh else None, cfg.masked_grad,
-                        "exact" in (cfg.entropy, cfg.perception), cfg.kl_clamp)
-    if micro.blind is not None:
-        scores = scores._replace(masked=micro.blind.logp, masked_entropy=micro.blind.entropy)
-    return scores
+def log_probs(batch, rows, policy, cfg):
+    """All log-probs that the objective needs of a micro-batch -> LogProbs
 
-
-def update(run, batches, total_tokens, total_responses):
-    """One optimiser update over this process's micro-batches -> (sums over all processes, gradient norm, learning rate)."""
-    cfg, totals = run.cfg, {}
-    run.policy.train()                                                           # for activation checkpointing; there is no dropout
-    for i, micro in enumerate(batches):
-        run.sync_gradients(i == len(batches) - 1)
-        scores, mask = score_current(run, micro), micro.picture.mask.to(run.device)
-        old = scores.logp.detach() if micro.old is None else micro.old
-        loss, sums = objective(scores, old, micro.ref, micro.sampled, micro.advantages, mask, micro.sees, total_tokens, total_responses, cfg)
-        (loss * run.world).backward()                                            # FSDP averages over processes; J sums
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + value.double()
-    run.policy.eval()
-    names = sorted(totals)
-    stacked = torch.stack([totals[n] for n in names])
-    if run.world > 1:
-        dist.all_reduce(stacked)
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    lr = cfg.lr * min(1.0, (run.updates + 1) / max(1, cfg.warmup_updates))       # never 0, not even at first
-    if math.isfinite(norm):
-        for group in run.optimiser.param_groups:
-            group["lr"] = lr
-        run.optimiser.step()
+    pi_theta has the current weights, and so has pi_mask where cfg.masked_branch is "fresh". Where
+    it is "kept", score_before has scored pi_mask; where it is "off", no term needs it.
+    """
+    exact, kl = cfg.entropy == "exact", None
+    if cfg.masked_branch != "fresh":
+        seen, masked = policy(rows, rows.pixels, exact), batch.masked
+    elif cfg.perception == "exact":  # KL over the whole vocabulary: both distributions at once
+        joint = Joint(rows.masked_pixels, cfg.masked_grad, cfg.kl_clamp)
+        seen, masked, kl = policy(rows, rows.pixels, joint=joint)
     else:
-        run.skipped += 1
-        tqdm.write(f"warning: gradient norm is {norm}; update {run.updates + 1} is skipped ({run.skipped} so far)")
-    run.optimiser.zero_grad()
-    run.updates += 1
-    return dict(zip(names, stacked.tolist())), norm, lr
+        # log pi_theta(o_t | q, I, o_<t), and the same on I_mask.
+        seen = policy(rows, rows.pixels, exact)
+        masked = policy(rows, rows.masked_pixels, exact, cfg.masked_grad)
+    old = seen.logp.detach() if batch.old is None else batch.old
+    return papo.LogProbs(seen, old, batch.sampled, masked, batch.ref, kl)
 
 
-def train_step(run, step):
-    """One step of the loop at the top of this file -> its line of metrics."""
-    cfg, began, totals, norms = run.cfg, time.perf_counter(), {}, []
-    run.seconds, run.prompts = {}, {}
-    groups, fate = collect(run, step)
-    run.sampler.sleep()
-    run.prompts = {g.position: run.prompts[g.position] for g in groups if g.position in run.prompts}     # not those thrown away
-    for group in groups:
-        group.advantages = group_advantages(group.rewards)                       # (G,)
-    slices = [groups[i:i + cfg.prompts_per_update] for i in range(0, len(groups), cfg.prompts_per_update)]
-    with run.phase("pack"):
-        updates = [micro_batches(run, s, step) for s in slices]
-    score_fixed(run, updates)
-    with run.phase("update"):
-        for s, batches in zip(slices, updates):
-            lengths = [n for g in s for n in g.lengths]                          # of the whole update, all processes
-            sums, norm, lr = update(run, batches, max(1, sum(lengths)), max(1, len(lengths)))
-            totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
-            norms.append(norm)
-    with run.phase("sync"):
-        run.sampler.sync(run.policy)
-    optimiser = {"grad_norm": sum(norms) / len(norms), "lr": lr}
-    return report.step_line(run, step + 1, groups, fate, totals, optimiser, time.perf_counter() - began)
+def update(batches, N, parts):
+    """One optimiser update over this process's micro-batches -> (sums of the metrics over all
+    processes, gradient norm, learning rate)"""
+    policy, cfg, totals = parts.policy, parts.cfg, {}
+    policy.train()  # for activation checkpointing; there is no dropout
+    for i, batch in enumerate(batches):
+        parts.optimiser.sync_gradients(policy, now=i == len(batches) - 1)
+        rows = batch.rows.to(parts.processes.device)
+        said = log_probs(batch, rows, policy, cfg)
+        loss, sums = papo.objective(said, batch.advantages, rows.scored, batch.pictured, N, cfg)
+        (loss * parts.processes.world).backward()  # FSDP averages over processes; J sums
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    policy.eval()
+    return parts.processes.add_up(totals), *parts.optimiser.step(policy)
+
+
+def train(parts, progress, say):
+    """Steps until the last one, or until the run is asked to stop -> whether it came to the end."""
+    cfg, out, processes = parts.cfg, Path(parts.cfg.out), parts.processes
+    steps = range(progress.step, cfg.steps)
+    bar = dict(initial=progress.step, total=cfg.steps, desc=cfg.algo, unit="step")
+    with stop_requests() as asked:
+        for _ in tqdm(steps, **bar, disable=not processes.first):
+            metrics = train_step(parts, progress)
+            stop, last = any(processes.gather([bool(asked)])), progress.step == cfg.steps
+            watch(parts, metrics, say)
+            if last or stop or progress.step % cfg.save_every == 0:
+                checkpoint.save(out, asdict(progress), parts)
+            if stop and not last:
+                return False
+    return True
 
 
 def main():
     """Parse, prepare, train, and show what came out."""
-    cfg, why = resolve(vars(parser().parse_args()), torch.cuda.is_available())
-    check(cfg, int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available())
-    first = int(os.environ.get("RANK", 0)) == 0
+    cuda = torch.cuda.is_available()
+    cfg, why = resolve(vars(parser().parse_args()), cuda)
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)), cuda)
+    first, out = os.environ.get("RANK", "0") == "0", Path(cfg.out)
     say = tqdm.write if first else (lambda *_: None)
-    say(f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on {cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, output {cfg.out}")
-    say(f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p {cfg.top_p}"
-        + ("" if cfg.top_p == 1 else ": responses come from the nucleus, log-probs and ratios are those of the whole distribution"))
-    out = Path(cfg.out)
+    say(report.opening(cfg, why))
     newest = checkpoint.open_folder(out, cfg)
-    run = Run(cfg)                                             # every process has looked at the folder when this returns
-    start = checkpoint.restore(run, newest) if newest else 0
+    parts = setup(cfg)  # every process has looked at the folder when this returns
+    progress = Progress(**checkpoint.restore(newest, parts)) if newest else Progress()
     if first:
         report.write_config(out, cfg)
-        report.cut_metrics(out, start)
-    gap = run.check_sync()
-    if gap is not None:
-        say(f"weights reach the sampler: with every sign turned, log-probs differ by {gap:.1e} nats a token from the trainer's")
-    run.sampler.sync(run.policy)
-    before = out / "evaluation.json"
-    if cfg.val_data and not before.exists():
-        summaries = {"before": evaluate_splits(run, splits_of(cfg.val_data), cfg.eval_n, "test")}
-        say("\n".join(["accuracy before training:", *table(summaries["before"])]))
-        if first:
-            report.write_atomically(before, json.dumps(summaries, indent=1))
-    stop = []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}   # torchrun sends both
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.algo, unit="step", disable=not first)
-    for step in bar:
-        metrics = train_step(run, step)
-        last, asked_to_stop = step + 1 == cfg.steps, any(run.gather([bool(stop)]))
-        if cfg.val_data and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
-            began = time.perf_counter()
-            metrics["val_accuracy"] = evaluate_splits(run, [run.val_split], 2, "val")[run.val_split]["accuracy"]
-            report.samples(run, out, step + 1)
-            metrics["val_seconds"] = time.perf_counter() - began
-        say(report.console_line(metrics, cfg.steps))
-        if first:
-            report.log(out, metrics)
-            report.curves(out) if "val_accuracy" in metrics else None
-            for line in report.collapse_warnings(report.read_metrics(out)) if cfg.gamma else []:
-                say(line)
-        if last or asked_to_stop or (step + 1) % cfg.save_every == 0:
-            checkpoint.save(run, step + 1)
-        if asked_to_stop and not last:
-            say(f"stopped after step {step + 1}; continue with the same flags and --resume")
-            run.close()
-            sys.exit(130)
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
-    if cfg.val_data:
-        summaries = {**json.loads(before.read_text()), "after": evaluate_splits(run, splits_of(cfg.val_data), cfg.eval_n, "test")}
-    run.close()
+        report.cut_metrics(out, progress.step)
+    check_sampler(parts, say)
+    parts.sampler.sync(parts.policy)
+    evaluate(parts, "before", say)
+    ended = train(parts, progress, say)
+    summaries = evaluate(parts, "after", say) if ended else {}
+    parts.close()
+    if not ended:
+        say(f"stopped after step {progress.step}; continue with the same flags and --resume")
+        sys.exit(130)
     if first:
-        report.curves(out)
-        if cfg.val_data:
-            report.write_atomically(before, json.dumps(summaries, indent=1))
-            say("\n".join(report.before_after(summaries)))
-        say("written: " + ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")))
+        show(out, summaries, say)
 
 
 if __name__ == "__main__":

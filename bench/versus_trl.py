@@ -1,12 +1,15 @@
-"""TRL's last PAPO trainer and ours, step for step in turn: the same model, questions, response length, group size and loss terms.
+"""TRL's last PAPO trainer and ours, step for step in turn: the same model, questions, response
+length, group size and loss terms.
 
     pip install trl==1.7.1 && python bench/versus_trl.py
 
-TRL 1.7.1 is the last release with a PAPO trainer. Both take one optimiser update a step on the same number of responses, in float32 on
-the same threads, without checkpointing; EOS cannot be sampled, so that all responses are of the same length. TRL scores the
-masked picture with a gradient, so ours does too (ours, masked_grad, exact entropies with a gradient); the released code, our default,
-does not (ours). Each of TRL's steps is followed by one of each of ours; the first three are not counted.
+TRL 1.7.1 is the last release with a PAPO trainer. Both take one optimiser update a step on the same
+number of responses, in float32 on the same threads, without checkpointing; EOS cannot be sampled,
+so that all responses are of the same length. TRL scores the masked picture with a gradient, so ours
+does too (ours, masked_grad, exact entropies with a gradient); the released code, our default, does
+not (ours). Each of TRL's steps is followed by one of each of ours; the first three are not counted.
 """
+
 import argparse
 import json
 import statistics
@@ -15,20 +18,24 @@ import time
 from dataclasses import replace
 
 import torch
+from shapes import build  # puts the project on the path
 
-from shapes import build  # noqa: I001  (puts the project on the path)
 import train
-from config import resolve
-from model import VISUAL_TOKENS
+from plumbing.config import resolve
+from plumbing.families import VISUAL_TOKENS
+from plumbing.setup import setup
 from reward import boxed
-from run import Run
-from toy import FAMILIES, make
+from toy.task import FAMILIES, make
 
 
 def questions(args):
-    """As many as are needed, of the family whose prompts all have the same length: TRL's trainer fails on prompts of several lengths, since
-    it pads the types of their tokens on the other side than the tokens."""
-    examples = [make(0, "train", len(FAMILIES) * i + FAMILIES.index("where"))[0] for i in range(args.prompts * (args.steps + 3))]
+    """As many as are needed, of the family whose prompts all have the same length: TRL's trainer
+    fails on prompts of several lengths, since it pads the types of their tokens on the other side
+    than the tokens."""
+    examples = [
+        make(0, "train", len(FAMILIES) * i + FAMILIES.index("where"))[0]
+        for i in range(args.prompts * (args.steps + 3))
+    ]
     for e in examples:
         e.images = [p.resize((args.enlarge * p.width, args.enlarge * p.height)) for p in e.images]
     return examples
@@ -36,40 +43,65 @@ def questions(args):
 
 def ours(folder, args):
     """-> {variant: step(number) -> (seconds, seconds without sampling)}"""
-    cfg, _ = resolve({"model": str(folder), "data": "toy", "sampler": "hf", "algo": "papo_g", "group_size": args.group, "lr": 1e-6, "beta": 0.01,
-                      "gamma": 0.02, "eta1": 0.03, "eta2": 0.03, "prompts_per_step": args.prompts, "prompts_per_update": args.prompts,
-                      "max_response_tokens": args.response}, False)
-    run = Run(cfg)
-    run.stream.examples = questions(args)
-    for holder in (run.policy, run.reference, run.sampler):
-        holder.banned[run.tok.eos_token_id] = True
-    variants = {"ours": cfg, "ours, masked_grad": replace(cfg, entropy="exact", masked_grad=True, recompute_masked=True)}
+    cfg, _ = resolve(
+        {
+            "model": str(folder),
+            "data": "toy",
+            "sampler": "hf",
+            "algo": "papo_g",
+            "group_size": args.group,
+            "lr": 1e-6,
+            "beta": 0.01,
+            "gamma": 0.02,
+            "eta1": 0.03,
+            "eta2": 0.03,
+            "prompts_per_step": args.prompts,
+            "prompts_per_update": args.prompts,
+            "max_response_tokens": args.response,
+        },
+        False,
+    )
+    parts, progress = setup(cfg), train.Progress()
+    parts.stream.examples = questions(args)
+    for holder in (parts.policy, parts.reference, parts.sampler):
+        holder.banned[parts.processors[0].eos_token_id] = True
+    with_grad = replace(cfg, entropy="exact", masked_grad=True, recompute_masked=True)
+    variants = {"ours": parts, "ours, masked_grad": replace(parts, cfg=with_grad)}
 
     def step(name):
         def one(number):
-            run.cfg = variants[name]
+            progress.step = number
             start = time.perf_counter()
-            train.train_step(run, number)
+            metrics = train.train_step(variants[name], progress)
             seconds = time.perf_counter() - start
-            return seconds, seconds - run.seconds["rollout"]
+            return seconds, seconds - metrics["phases"]["rollout"]
+
         return one
-    return {name: step(name) for name in variants}, len(run.stream[0].ids)
+
+    return {name: step(name) for name in variants}, len(parts.stream[0].ids)
 
 
 def theirs(folder, args, between):
-    """Train with TRL, calling between(number) after each step -> [(seconds, seconds without sampling)]"""
+    """Train with TRL, calling between(number) after each step -> [(seconds, seconds without
+    sampling)]"""
     from datasets import Dataset
     from transformers import AutoProcessor, TrainerCallback
     from trl.experimental.papo import PAPOConfig, PAPOTrainer
 
     def rows():
         for example in questions(args):
-            yield {"prompt": [{"role": "user", "content": example.problem.removeprefix("<image> ")}], "image": example.images[0], "answer": example.answer}
+            yield {
+                "prompt": [{"role": "user", "content": example.problem.removeprefix("<image> ")}],
+                "image": example.images[0],
+                "answer": example.answer,
+            }
 
     def reward(completions, answer, **_):
         return [float(boxed(c[0]["content"]) == a) for c, a in zip(completions, answer)]
+
     processor, sampling, times = AutoProcessor.from_pretrained(folder), [0.0], []
-    visual = processor.tokenizer.convert_tokens_to_ids(VISUAL_TOKENS)            # else it samples one of them, and its next forward fails
+    # Else it samples one of them, and its next forward fails.
+    visual = processor.tokenizer.convert_tokens_to_ids(VISUAL_TOKENS)
 
     class Timed(PAPOTrainer):
         def _generate(self, *a, **k):
@@ -86,16 +118,41 @@ def theirs(folder, args, between):
             seconds = time.perf_counter() - self.start
             times.append((seconds, seconds - sampling[0]))
             between(len(times) - 1)
+
     with tempfile.TemporaryDirectory() as scratch:
-        settings = PAPOConfig(scratch, use_cpu=True, per_device_train_batch_size=args.trl_batch,
-                              gradient_accumulation_steps=args.prompts * args.group // args.trl_batch, num_generations=args.group,
-                              max_completion_length=args.response, generation_kwargs={"min_new_tokens": args.response, "suppress_tokens": visual}, temperature=1.0,
-                              max_steps=args.steps + 3, learning_rate=1e-6, beta=0.01, perception_loss_weight=0.02, mask_ratio=0.6, loss_type="dapo",
-                              gradient_checkpointing=False, bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                              model_init_kwargs={"dtype": "float32"})
-        trainer = Timed(str(folder), reward, settings, train_dataset=Dataset.from_generator(rows), callbacks=[InTurn()],
-                        processing_class=processor)
-        # on_step_begin comes after the batch is drawn but before it is generated, so a step is all of it
+        settings = PAPOConfig(
+            scratch,
+            use_cpu=True,
+            per_device_train_batch_size=args.trl_batch,
+            gradient_accumulation_steps=args.prompts * args.group // args.trl_batch,
+            num_generations=args.group,
+            max_completion_length=args.response,
+            generation_kwargs={"min_new_tokens": args.response, "suppress_tokens": visual},
+            temperature=1.0,
+            max_steps=args.steps + 3,
+            learning_rate=1e-6,
+            beta=0.01,
+            perception_loss_weight=0.02,
+            mask_ratio=0.6,
+            loss_type="dapo",
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": "float32"},
+        )
+        trainer = Timed(
+            str(folder),
+            reward,
+            settings,
+            train_dataset=Dataset.from_generator(rows),
+            callbacks=[InTurn()],
+            processing_class=processor,
+        )
+        # on_step_begin comes after the batch is drawn but before it is generated, so a step is all
+        # of it.
         trainer.train()
     return times
 
@@ -103,20 +160,34 @@ def theirs(folder, args, between):
 def main():
     """Interleave, and compare medians."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--trl_batch", type=int, default=8, help="responses in a pass of TRL's; 8 is its default, prompts * group its fastest here")
-    for name, default, text in [("prompts", 16, "prompts per step"), ("group", 8, "G, responses per prompt"), ("response", 24, "tokens per response"),
-                                ("enlarge", 2, "how many times the width of the toy's pictures"),
-                                ("steps", 10, "timed steps")]:
+    p.add_argument(
+        "--trl_batch",
+        type=int,
+        default=8,
+        help="responses in a pass of TRL's; 8 is its default, prompts * group its fastest here",
+    )
+    for name, default, text in [
+        ("prompts", 16, "prompts per step"),
+        ("group", 8, "G, responses per prompt"),
+        ("response", 24, "tokens per response"),
+        ("enlarge", 2, "how many times the width of the toy's pictures"),
+        ("steps", 10, "timed steps"),
+    ]:
         p.add_argument(f"--{name}", type=int, default=default, help=text)
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = build("toy", scratch)
         steps, prompt = ours(folder, args)
         times = {name: [] for name in steps}
-        times["TRL 1.7.1"] = theirs(folder, args, lambda number: [times[name].append(steps[name](number)) for name in steps])
+        times["TRL 1.7.1"] = theirs(
+            folder, args, lambda number: [times[name].append(steps[name](number)) for name in steps]
+        )
     median = {n: [statistics.median(x[k] for x in t[3:]) for k in (0, 1)] for n, t in times.items()}
-    print(f"toy, CPU, {torch.get_num_threads()} threads: {args.prompts} prompts of {prompt} tokens, G = {args.group}, responses of {args.response} tokens, one update a step; TRL's passes of "
-          f"{args.trl_batch} responses")
+    print(
+        f"toy, CPU, {torch.get_num_threads()} threads: {args.prompts} prompts of {prompt} tokens, "
+        f"G = {args.group}, responses of {args.response} tokens, one update a step; TRL's passes "
+        f"of {args.trl_batch} responses"
+    )
     print(f"{'':<20}{'step':>10}{'training':>10}{'TRL / step':>12}{'TRL / training':>16}")
     whole, training = median["TRL 1.7.1"]
     for name, (a, b) in median.items():

@@ -1,4 +1,6 @@
-"""Shared by all tests: the real toy policy after a short warm start, and the command line as a user runs it."""
+"""Shared by all tests: the real toy policy after a short warm start, and the command line as a user
+runs it."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +11,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import TOYS, resolve  # noqa: E402
-from data import encode  # noqa: E402
-from model import Policy, banned_tokens, load_processors, load_vlm  # noqa: E402
-from toy import ToyData  # noqa: E402
-from warm import build  # noqa: E402
+from plumbing.config import resolve  # noqa: E402
+from plumbing.data import encode  # noqa: E402
+from plumbing.families import TOYS  # noqa: E402
+from plumbing.policy import Policy, banned_tokens, load_processors, load_vlm  # noqa: E402
+from toy.lessons import build  # noqa: E402
+from toy.task import ToyData  # noqa: E402
 
-WARM = 60       # enough that responses are well formed and some are right; about 20 s, then cached
-SMALL = ["--sampler", "hf", "--warm_steps", str(WARM), "--prompts_per_step", "4", "--prompts_per_update", "2", "--tokens_per_forward", "1",
-         "--group_size", "4", "--eval_questions", "4", "--eval_n", "2", "--eval_every", "0"]
+WARM = 60  # enough that responses are well formed and some are right; about 20 s, then cached
+SMALL = (
+    f"--sampler hf --warm_steps {WARM} --prompts_per_step 4 --prompts_per_update 2 "
+    "--tokens_per_forward 1 --group_size 4 --eval_questions 4 --eval_n 2 --eval_every 0"
+).split()
 
 
 # For tests of what differs between the families: patch size, positions, where the picture enters.
@@ -26,7 +31,14 @@ both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="
 
 def command(script, *flags, **kwargs):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, script, *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="session", params=["toy"])
@@ -69,7 +81,9 @@ def random_responses(prompts, tok, G=3, seed=0):
     for _ in prompts:
         group = []
         for i in range(G):
-            tokens = torch.randint(low, len(tok), (int(torch.randint(1, 12, (), generator=g)),), generator=g)
+            tokens = torch.randint(
+                low, len(tok), (int(torch.randint(1, 12, (), generator=g)),), generator=g
+            )
             if i % 2:
                 tokens[-1] = tok.eos_token_id
             group.append(tokens)

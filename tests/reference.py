@@ -1,7 +1,8 @@
-"""PAPO's objective once more, slow and obvious: plain Python loops over responses and tokens, one torch scalar at a time.
+"""PAPO's objective once more, slow and obvious: plain Python loops over responses and tokens, one
+torch scalar at a time.
 
-It shares no line with loss.py or papo.py, and starts from raw logits and rewards; autograd through it gives the gradients that
-the fast version is held against.
+It shares no line with loss.py or papo.py, and starts from raw logits and rewards; autograd through
+it gives the gradients that the fast version is held against.
 """
 
 
@@ -10,7 +11,8 @@ def clip(x, low, high):
 
 
 def log_probabilities(logits, banned):
-    """Softmax of one position, token by token -> {token: log-probability} of the tokens that may be sampled."""
+    """Softmax of one position, token by token
+    -> {token: log-probability} of the tokens that may be sampled."""
     allowed = [v for v in range(len(logits)) if not banned[v]]
     total = sum(logits[v].exp() for v in allowed)
     return {v: (logits[v].exp() / total).log() for v in allowed}
@@ -36,7 +38,8 @@ def token(x, cfg, b, g, t, advantage):
     if cfg.dual_clip and advantage < 0 and share < cfg.dual_clip * advantage:
         share = cfg.dual_clip * advantage + 0 * rho
     if cfg.importance_cap:
-        share = share * clip((x["old"][b, g, t] - x["sampled"][b, g, t]).exp(), None, cfg.importance_cap)
+        gap = x["old"][b, g, t] - x["sampled"][b, g, t]
+        share = share * clip(gap.exp(), None, cfg.importance_cap)
     if x["ref"] is not None:
         share = share - cfg.beta * divergence((x["ref"][b, g, t] - real[o]).exp(), cfg)
     if cfg.entropy == "exact":
@@ -44,7 +47,7 @@ def token(x, cfg, b, g, t, advantage):
     else:
         share = share - cfg.eta1 * -real[o]
     if x["sees"][b]:
-        r = (real[o] - blind[o]).exp()                                            # pi / pi_mask
+        r = (real[o] - blind[o]).exp()  # pi / pi_mask
         if cfg.perception == "k3":
             kl = divergence(1 / r, cfg)
         elif cfg.perception == "printed":
@@ -69,7 +72,9 @@ def J(x, cfg):
         mean = sum(rewards) / G
         std = (sum((r - mean) ** 2 for r in rewards) / (G - 1)) ** 0.5
         for g in range(G):
-            shares = [token(x, cfg, b, g, t, (rewards[g] - mean) / (std + 1e-6)) for t in range(R) if x["mask"][b, g, t]]
+            advantage = (rewards[g] - mean) / (std + 1e-6)
+            scored = [t for t in range(R) if x["mask"][b, g, t]]
+            shares = [token(x, cfg, b, g, t, advantage) for t in scored]
             if shares:
                 responses.append(shares)
     if cfg.loss_mean == "sequence":

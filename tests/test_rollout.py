@@ -1,12 +1,14 @@
 """What is sampled, and that the log-probs reported are those of the distribution sampled from."""
+
 from dataclasses import replace
 
 import torch
-
 from conftest import both_families
-from data import generator
+
 from loss import policy_logits
-from packing import pack
+from plumbing.common import generator
+from plumbing.packing import pack
+from plumbing.policy import load_vlm
 from rollout import TransformersSampler, nucleus
 
 
@@ -17,16 +19,17 @@ def roll(policy, processors, cfg, prompts, n=4, **changes):
 
 @both_families
 def test_logprobs_agree_with_the_trainer(policy, processors, cfg, prompts):
-    """Same temperature, same ban, another code path: prefill and cache against the packed forward."""
+    """Same temperature, same ban, another code path: prefill and cache against the packed
+    forward."""
     policy.temperature = 0.8
     rollouts = roll(policy, processors, cfg, prompts, temperature=0.8)
-    packed = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
+    rows = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
     with torch.no_grad():
-        logp = policy(packed).logp
+        logp = policy(rows, rows.pixels).logp
     for b, r in enumerate(rollouts):
         for g, sampled in enumerate(r.logprobs):
-            assert torch.allclose(logp[b, g, :len(sampled)], sampled, atol=1e-4)
-    assert packed.mask.sum() == sum(len(t) for r in rollouts for t in r.tokens)
+            assert torch.allclose(logp[b, g, : len(sampled)], sampled, atol=1e-4)
+    assert rows.scored.sum() == sum(len(t) for r in rollouts for t in r.tokens)
 
 
 @both_families
@@ -52,12 +55,15 @@ def test_a_sample_does_not_depend_on_its_batch(policy, processors, cfg, prompts)
         alone = sampler.generate([prompts[b]], 3, [names[b]])[0]
         assert all(torch.equal(x, y) for x, y in zip(alone.tokens, together[b].tokens))
     reverse = sampler.generate(prompts[::-1], 3, names[::-1])[::-1]
-    assert all(torch.equal(x, y) for a, b in zip(reverse, together) for x, y in zip(a.tokens, b.tokens))
+    assert all(
+        torch.equal(x, y) for a, b in zip(reverse, together) for x, y in zip(a.tokens, b.tokens)
+    )
 
 
 @both_families
 def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
-    """Even a policy that wants nothing else: without the ban the next forward would look for a picture that is not there."""
+    """Even a policy that wants nothing else: without the ban the next forward would look for a
+    picture that is not there."""
     image = policy.vlm.config.image_token_id
     with torch.no_grad():
         policy.vlm.lm_head.weight[image] += 3.0 * policy.vlm.lm_head.weight.abs().max()
@@ -67,7 +73,8 @@ def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
 
 def test_sampling_follows_the_distribution():
     """Frequencies of inverse-CDF sampling against the probabilities they come from."""
-    logits, banned = torch.tensor([[2.0, 1.0, 0.0, 5.0, -1.0]]), torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool)
+    logits = torch.tensor([[2.0, 1.0, 0.0, 5.0, -1.0]])
+    banned = torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool)
     p = policy_logits(logits, 1.0, banned).double().softmax(-1)[0]
     u = torch.rand(20_000, generator=generator("frequency"), dtype=torch.float64)
     counts = torch.searchsorted(p.cumsum(0), u * p.sum(), right=True).bincount(minlength=5) / len(u)
@@ -78,38 +85,47 @@ def test_nucleus_by_hand():
     """p = .5 .3 .15 .05, top_p .7: the two likeliest stay, renormalised to .625 and .375."""
     p = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
     assert torch.allclose(nucleus(p, 0.7), torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
-    assert torch.equal(nucleus(p, 1.0), p) and torch.equal(nucleus(p, 1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    assert torch.equal(nucleus(p, 1.0), p)
+    assert torch.equal(nucleus(p, 1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
 @both_families
 def test_logprobs_are_those_before_the_nucleus(policy, processors, cfg, prompts):
-    """With top_p < 1 the trainer scores the whole distribution; so does the sampler, or their difference would be no error bar."""
+    """With top_p < 1 the trainer scores the whole distribution; so does the sampler, or their
+    difference would be no error bar."""
     rollouts = roll(policy, processors, cfg, prompts[:2], top_p=0.5)
     with torch.no_grad():
-        logp = policy(pack(policy.vlm, prompts[:2], [r.tokens for r in rollouts])).logp
+        rows = pack(policy.vlm, prompts[:2], [r.tokens for r in rollouts])
+        logp = policy(rows, rows.pixels).logp
     for b, r in enumerate(rollouts):
-        assert all(torch.allclose(logp[b, g, :len(x)], x, atol=1e-4) for g, x in enumerate(r.logprobs))
+        assert all(
+            torch.allclose(logp[b, g, : len(x)], x, atol=1e-4) for g, x in enumerate(r.logprobs)
+        )
 
 
 @both_families
-def test_a_prompt_that_is_too_long_is_refused_with_its_name(policy, processors, cfg, prompts, capsys):
+def test_a_prompt_that_is_too_long_is_refused_with_its_name(
+    policy, processors, cfg, prompts, capsys
+):
     short = [p for p in prompts if len(p.ids) < max(len(p.ids) for p in prompts)]
     assert 0 < len(short) < len(prompts)
-    rollouts = roll(policy, processors, cfg, prompts, max_prompt_tokens=max(len(p.ids) for p in short))
+    longest = max(len(p.ids) for p in short)
+    rollouts = roll(policy, processors, cfg, prompts, max_prompt_tokens=longest)
     said = capsys.readouterr()
     for p, r in zip(prompts, rollouts):
-        assert (r is not None) == (p in short) and (f"example {p.example.id} is left out" in said.out + said.err) == (p not in short)
+        named = f"example {p.example.id} is left out" in said.out + said.err
+        assert (r is not None) == (p in short) and named == (p not in short)
 
 
 @both_families
 def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, prompts):
-    from model import load_vlm
     sampler = TransformersSampler(load_vlm(folder), processors[0], policy.banned, cfg)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator("perturb", p.numel())))
     names = [(0, "sync")]
-    want = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg).generate(prompts[:1], 4, names)[0]
+    shared = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
+    want = shared.generate(prompts[:1], 4, names)[0]
     stale = sampler.generate(prompts[:1], 4, names)[0]
     sampler.sync(policy)
     fresh = sampler.generate(prompts[:1], 4, names)[0]

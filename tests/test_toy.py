@@ -1,14 +1,17 @@
 """The toy task: right answers, honest splits, hints as promised."""
+
 import re
 
 import torch
+from conftest import ROOT
 
-import toy
-import warm
-from config import resolve
-from data import encode
+from plumbing.config import resolve
+from plumbing.data import Example, encode
 from reward import boxed
-from toy import GRID, NAMES, ToyData, held_out, make
+from toy import lessons
+from toy.lessons import build, lesson
+from toy.model import new_policy, processor, tokenizer
+from toy.task import FAMILIES, GRID, HINT_RIGHT, NAMES, SPLITS, ToyData, held_out, make
 
 
 def answer_by_looking(problem, board):
@@ -32,7 +35,7 @@ def test_answers_are_right_and_responses_carry_them():
         example, response, board = make(3, "train", i)
         assert example.answer == answer_by_looking(example.problem, board) == boxed(response)
         families.add(example.tags["family"])
-    assert families == set(toy.FAMILIES)
+    assert families == set(FAMILIES)
 
 
 def test_examples_are_a_pure_function_of_seed_split_and_index():
@@ -44,19 +47,22 @@ def test_examples_are_a_pure_function_of_seed_split_and_index():
 
 
 def test_train_and_test_pictures_never_coincide():
-    """The divide is by content: every training board, the warm start's included, hashes to one side of it."""
+    """The divide is by content: every training board, the warm start's included, hashes to one side
+    of it."""
     assert not any(held_out(make(seed, "train", i)[2]) for seed in (0, 1) for i in range(200))
-    assert all(held_out(make(0, split, i)[2]) for split in toy.SPLITS + ["val"] for i in range(100))
-    pictures = {warm.lesson(i, 0, 0.0)[0].images[0].tobytes() for i in range(100)}
+    assert all(held_out(make(0, split, i)[2]) for split in SPLITS + ["val"] for i in range(100))
+    pictures = {lesson(i, 0, 0.0)[0].images[0].tobytes() for i in range(100)}
     assert not pictures & {make(0, "vision", i)[0].images[0].tobytes() for i in range(100)}
 
 
 def test_hints_are_right_as_often_as_promised():
     def right(split, n=1500):
         return sum(make(0, split, i)[0].tags["hint_right"] for i in range(n)) / n
-    assert abs(right("train") - toy.HINT_RIGHT) < 0.05 and abs(right("general") - toy.HINT_RIGHT) < 0.05
+
+    assert abs(right("train") - HINT_RIGHT) < 0.05 and abs(right("general") - HINT_RIGHT) < 0.05
     # vision: the hint is another picture's answer, right only as often as two pictures agree
-    agree = sum(make(0, "vision", i)[0].answer == make(0, "vision", i + 4 * 1500)[0].answer for i in range(0, 6000, 4)) / 1500
+    answers = [make(0, "vision", i)[0].answer for i in range(0, 12_000, 4)]
+    agree = sum(a == b for a, b in zip(answers[:1500], answers[1500:])) / 1500
     assert right("vision") < 0.4 and agree < 0.4
 
 
@@ -71,7 +77,8 @@ def test_every_word_is_in_the_vocabulary_and_one_cell_is_one_token(processors, p
     tok = processors[0]
     for i in range(100):
         example, response, _ = make(0, "train", i)
-        assert tok.unk_token_id not in tok(example.problem.replace("<image>", "") + " " + response)["input_ids"]
+        text = example.problem.replace("<image>", "") + " " + response
+        assert tok.unk_token_id not in tok(text)["input_ids"]
         assert tok.decode(tok(response)["input_ids"]) == response
     assert (prompts[0].ids == tok.convert_tokens_to_ids("<|image_pad|>")).sum() == GRID**2
 
@@ -79,38 +86,52 @@ def test_every_word_is_in_the_vocabulary_and_one_cell_is_one_token(processors, p
 def test_the_warm_start_is_cached(folder):
     before = (folder / "model.safetensors").stat().st_mtime_ns
     from conftest import WARM
-    assert warm.build(WARM) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+
+    assert build(WARM) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_other_code_loads_the_folder_as_it_is(folder):
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert model.config.model_type == "qwen2_5_vl"
 
 
 def test_text_only_and_two_pictures_are_encoded(processors):
-    from data import Example
     cells = ToyData("train", 2)
     none = encode(Example("t", "how many red objects are there ?", "3"), *processors)
-    two = encode(Example("t", "<image> and <image> same ?", "3", [cells[0].images[0], cells[1].images[0]]), *processors)
-    assert none.pixel_values is None and none.grid is None
-    assert len(two.grid) == 2 and (two.ids == processors[0].convert_tokens_to_ids("<|image_pad|>")).sum() == 2 * GRID**2
-    assert torch.equal(two.pixel_values[:36], encode(cells[0], *processors).pixel_values)
+    pictures = [cells[0].images[0], cells[1].images[0]]
+    two = encode(Example("t", "<image> and <image> same ?", "3", pictures), *processors)
+    assert none.pixels is None and none.grid is None
+    placeholder = processors[0].convert_tokens_to_ids("<|image_pad|>")
+    assert len(two.grid) == 2 and (two.ids == placeholder).sum() == 2 * GRID**2
+    assert torch.equal(two.pixels[:36], encode(cells[0], *processors).pixels)
 
 
 def test_toy_settings_are_the_toys_own():
     assert resolve({"model": "toy"}, cuda=True)[0].group_size == 8
-    assert resolve({}, cuda=False)[0].model == "toy" and resolve({}, cuda=True)[0].model == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert resolve({}, cuda=False)[0].model == "toy"
+    assert resolve({}, cuda=True)[0].model == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def test_the_readmes_table_is_the_committed_runs():
     """Every row that bench/toy_table.py makes of results/ stands in the README, word for word."""
     import subprocess
     import sys
+
     from conftest import ROOT
-    table = subprocess.run([sys.executable, "bench/toy_table.py", "results"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+
+    table = subprocess.run(
+        [sys.executable, "bench/toy_table.py", "results"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     readme = (ROOT / "README.md").read_text()
     rows = table.strip().splitlines()
     assert len(rows) == 2 + 2 * 3 and all(row in readme for row in rows)
@@ -118,5 +139,40 @@ def test_the_readmes_table_is_the_committed_runs():
 
 def test_the_policy_is_as_small_as_the_readme_says(policy):
     from conftest import ROOT
+
     size = sum(p.numel() for p in policy.parameters())
     assert f"{size / 1e6:.2f} M parameters" in (ROOT / "README.md").read_text()
+
+
+def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path):
+    """A comment costs nobody two minutes; another lesson, model, task or number of steps does."""
+    for name in ("task.py", "model.py", "lessons.py"):
+        source = (ROOT / "toy" / name).read_text()
+        (tmp_path / name).write_text(source)
+    monkeypatch.setattr(lessons, "__file__", str(tmp_path / "lessons.py"))
+    config = new_policy(tokenizer()).config
+
+    def key(steps=60):
+        return lessons.recipe(steps, config, processor())
+
+    first = key()
+    for name, old, new in [
+        ("task.py", '"""', '"""Another first word. '),
+        ("model.py", "\nimport torch\n", "\n# Why this is so.\nimport torch\n"),
+        ("lessons.py", "CARELESS = 0.5  # how often", "CARELESS = 0.5  # with what probability"),
+    ]:
+        source = (tmp_path / name).read_text()
+        assert old in source
+        (tmp_path / name).write_text(source.replace(old, new, 1))
+        assert key() == first, name
+    for name, old, new in [
+        ("task.py", "GRID, CELL = 3, 28", "GRID, CELL = 4, 28"),
+        ("model.py", "seed=0", "seed=1"),
+        ("lessons.py", "CARELESS = 0.5", "CARELESS = 0.4"),
+    ]:
+        source = (tmp_path / name).read_text()
+        assert old in source, name
+        (tmp_path / name).write_text(source.replace(old, new, 1))
+        assert key() != first, name
+        (tmp_path / name).write_text(source)
+    assert key(61) != first and key() == first

@@ -1,4 +1,6 @@
-"""The real command, run as a user runs it: every algorithm, stop and resume, two processes, bad input."""
+"""The real command, run as a user runs it: every algorithm, stop and resume, two processes, bad
+input."""
+
 import dataclasses
 import json
 import random
@@ -9,17 +11,24 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, SMALL, command
 from safetensors.torch import load_file
 
-from config import Config
-from conftest import ROOT, SMALL, command
-from toy import ToyData
+import papo
+import train as module
+from plumbing import checkpoint, report
+from plumbing.config import Config, check, resolve
+from plumbing.setup import setup
+from toy.task import ToyData
 
-NUMBERS = ["reward", "accuracy", "format", "loss", "policy_loss", "entropy", "clip_high_fraction", "clip_low_fraction",
-           "response_tokens", "cut_off", "grad_norm", "lr", "seconds", "tokens_per_second", "peak_memory_gb"]
+NUMBERS = (
+    "reward accuracy format loss policy_loss entropy clip_high_fraction clip_low_fraction "
+    "response_tokens cut_off grad_norm lr seconds tokens_per_second peak_memory_gb"
+).split()
 
 
 def train(out, *flags):
@@ -42,55 +51,70 @@ def finished(tmp_path_factory, folder):
 def test_what_a_run_leaves(finished):
     out, stdout = finished
     names = {p.name for p in out.iterdir()}
-    assert {"config.json", "metrics.jsonl", "curves.png", "samples.html", "evaluation.json", "checkpoint-4", "checkpoint-6"} <= names
-    assert not [n for n in names if n.startswith(".making")] and "checkpoint-2" not in names      # whole, and two are kept
+    files = {"config.json", "metrics.jsonl", "curves.png", "samples.html", "evaluation.json"}
+    assert files | {"checkpoint-4", "checkpoint-6"} <= names
+    # Checkpoints are whole, and two are kept.
+    assert not [n for n in names if n.startswith(".making")] and "checkpoint-2" not in names
     lines = metrics(out)
     assert [m["step"] for m in lines] == list(range(1, 7))
     for m in lines:
         for name in NUMBERS + ["perception_kl", "masked_entropy", "ref_kl"]:
             assert isinstance(m[name], float) and m[name] == m[name], name
         assert m["perception_kl"] > 0 and m["entropy"] > 0
-        assert {"rollout", "reward", "masked", "reference", "old", "update", "sync"} <= set(m["phases"])
+        phases = {"rollout", "reward", "masked", "reference", "old", "update", "sync"}
+        assert phases <= set(m["phases"])
     assert "val_accuracy" in lines[2] and "val_accuracy" in lines[5]
-    assert lines[0]["lr"] == 2e-4                                                  # not 0 on the first step
-    assert "general" in stdout and "vision" in stdout and "blind" in stdout and str(out / "samples.html") in stdout
+    assert lines[0]["lr"] == 2e-4  # not 0 on the first step
+    assert "general" in stdout and "vision" in stdout and "blind" in stdout
+    assert str(out / "samples.html") in stdout
     page = (out / "samples.html").read_text()
-    assert page.count("<img") == 2 * 4 * 2 and "nats" in page and "after step 6" in page and "boxed" in page
+    assert page.count("<img") == 2 * 4 * 2
+    assert "nats" in page and "after step 6" in page and "boxed" in page
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_first_lines_say_which_model_and_why(finished):
-    assert re.match(r"model toy \(default where there is no CUDA device\), data toy, validation on toy, algorithm papo_g", finished[1])
+    assert re.match(
+        r"model toy \(default where there is no CUDA device\), data toy, validation on toy, "
+        r"algorithm papo_g",
+        finished[1],
+    )
 
 
 def test_logged_config_is_the_one_used(finished, tmp_path):
-    """The file holds the object that train.py worked with, and what the optimiser and the sampler hold comes from it."""
-    import train as module
+    """The file holds the object that train.py worked with, and what the optimiser and the sampler
+    hold comes from it."""
     logged = json.loads((finished[0] / "config.json").read_text())
     cfg = Config(**logged["config"])
-    assert (cfg.algo, cfg.steps, cfg.prompts_per_step, cfg.save_every) == ("papo_g", 6, 4, 2) and "torch" in logged["versions"]
-    run = module.Run(dataclasses.replace(cfg, out=str(tmp_path), lr=3e-5, weight_decay=0.02))
-    assert run.optimiser.param_groups[0]["lr"] == 3e-5 and run.optimiser.param_groups[0]["weight_decay"] == 0.02
-    assert run.sampler.cfg is run.cfg and run.policy.temperature == cfg.temperature
+    assert (cfg.algo, cfg.steps, cfg.prompts_per_step, cfg.save_every) == ("papo_g", 6, 4, 2)
+    assert "torch" in logged["versions"]
+    parts = setup(dataclasses.replace(cfg, out=str(tmp_path), lr=3e-5, weight_decay=0.02))
+    (group,) = parts.optimiser.adamw.param_groups
+    assert group["lr"] == 3e-5 and group["weight_decay"] == 0.02
+    assert parts.sampler.cfg is parts.cfg and parts.policy.temperature == cfg.temperature
     assert metrics(finished[0])[-1]["lr"] == cfg.lr
 
 
 def test_checkpoints_load_elsewhere(finished):
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
     folder = finished[0] / "checkpoint-6"
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    model, info = load(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert AutoTokenizer.from_pretrained(folder).chat_template and (folder / "preprocessor_config.json").exists()
-    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder).eos_token_id
+    tok = AutoTokenizer.from_pretrained(folder)
+    assert tok.chat_template and (folder / "preprocessor_config.json").exists()
+    assert model.generation_config.eos_token_id == tok.eos_token_id
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d"])
 def test_the_other_algorithms_run(algo, tmp_path):
     train(tmp_path / "run", "--algo", algo, "--steps", 2)
     last = metrics(tmp_path / "run")[-1]
-    assert ("perception_kl" in last) == algo.startswith("papo") and ("ref_kl" in last) == (algo == "grpo")
-    if algo != "grpo":
-        assert last["equal_groups"] == 0 and last["generated_prompts"] >= 4      # dynamic sampling kept informative groups only
+    assert ("perception_kl" in last) == algo.startswith("papo")
+    assert ("ref_kl" in last) == (algo == "grpo")
+    if algo != "grpo":  # dynamic sampling kept informative groups only
+        assert last["equal_groups"] == 0 and last["generated_prompts"] >= 4
 
 
 def same_weights(a, b):
@@ -99,18 +123,21 @@ def same_weights(a, b):
 
 
 def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path):
-    """SIGKILL at random moments, the moment of saving included; --resume until it ends; the weights are those of no kill at all."""
+    """SIGKILL at random moments, the moment of saving included; --resume until it ends; the weights
+    are those of no kill at all."""
     out, kills, rng = tmp_path / "killed", 0, random.Random(0)
-    flags = [sys.executable, "train.py", "--out", str(out), *SMALL, "--algo", "papo_g", "--steps", "6", "--save_every", "2",
-             "--eval_every", "3"]
+    flags = [sys.executable, "train.py", "--out", str(out), *SMALL, "--algo", "papo_g"]
+    flags += ["--steps", "6", "--save_every", "2", "--eval_every", "3"]
     while True:
         resume = ["--resume"] if (out / "config.json").exists() else []
-        process = subprocess.Popen(flags + resume, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(flags + resume, cwd=ROOT, text=True, **pipes)
         if kills < 3:
             started = time.monotonic()
-            # the second kill waits for a checkpoint that is being written; the others come some time after the first step
-            watch = (lambda: list(out.glob(".making-*"))) if kills == 1 else (lambda: (out / "metrics.jsonl").exists() and metrics_started(out))
-            while process.poll() is None and not watch() and time.monotonic() - started < 120:
+            # The second kill waits for a checkpoint that is being written; the others come some
+            # time after the first step.
+            watch = being_saved if kills == 1 else metrics_started
+            while process.poll() is None and not watch(out) and time.monotonic() - started < 120:
                 time.sleep(0.002)
             time.sleep(rng.random() * (0.02 if kills == 1 else 2.0))
             process.kill()
@@ -120,21 +147,30 @@ def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path)
             break
         assert process.returncode == -signal.SIGKILL, log[-3000:]
     assert kills == 3 and same_weights(out / "checkpoint-6", finished[0] / "checkpoint-6")
-    drop = ("seconds", "phases", "tokens_per_second", "peak_memory_gb", "host_memory_gb", "val_seconds")
-    whole, parts = ([{k: v for k, v in m.items() if k not in drop} for m in metrics(o)] for o in (finished[0], out))
+    drop = "seconds phases tokens_per_second peak_memory_gb host_memory_gb val_seconds".split()
+    whole, parts = (
+        [{k: v for k, v in m.items() if k not in drop} for m in metrics(o)]
+        for o in (finished[0], out)
+    )
     assert whole == parts
 
 
+def being_saved(out):
+    return list(out.glob(".making-*"))
+
+
 def metrics_started(out):
-    return (out / "metrics.jsonl").stat().st_size > 0
+    return (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0
 
 
 def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
     out = tmp_path / "run"
-    flags = [sys.executable, "train.py", "--out", str(out), *SMALL, "--steps", "200", "--save_every", "1000"]
-    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = [sys.executable, "train.py", "--out", str(out), *SMALL]
+    flags += ["--steps", "200", "--save_every", "1000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(flags, cwd=ROOT, text=True, **pipes)
     deadline = time.monotonic() + 120
-    while not ((out / "metrics.jsonl").exists() and metrics_started(out)) and time.monotonic() < deadline:
+    while not metrics_started(out) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
@@ -147,38 +183,60 @@ def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
 
 def train_on(processes, out, *flags):
     """train.py on so many processes -> its metrics."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [sys.executable]
-    done = subprocess.run([*map(str, launch), "train.py", "--out", out, *SMALL, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc_per_node", str(processes)]
+    flags = ["train.py", "--out", out, *SMALL, *map(str, flags)]
+    kwargs = dict(cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run([*launch, *flags], **kwargs)
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(out)
 
 
-SAME = ["reward", "accuracy", "loss", "policy_loss", "ref_kl", "perception_kl", "entropy", "masked_entropy", "grad_norm"]
+SAME = (
+    "reward accuracy loss policy_loss ref_kl perception_kl entropy masked_entropy grad_norm"
+).split()
+SETTINGS = {
+    "official": "",
+    "paper": "--objective paper",
+    "exact": "--perception exact --entropy exact --masked_grad --eta2 0.03",
+    "qwen3": "--model toy-qwen3 --activation_checkpointing --tokens_per_forward 400",
+}
 
 
-@pytest.mark.parametrize("flags", [
-    [], *(pytest.param(x, marks=pytest.mark.slow) for x in (
-        ["--objective", "paper"], ["--perception", "exact", "--entropy", "exact", "--masked_grad", "--eta2", "0.03"],
-        ["--model", "toy-qwen3", "--activation_checkpointing", "--tokens_per_forward", "400"]))],
-    ids=["official", "paper", "exact", "qwen3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags.split(), id=name, marks=[pytest.mark.slow] if flags else [])
+        for name, flags in SETTINGS.items()
+    ],
+)
 def test_two_processes_are_one(flags, tmp_path):
-    """FSDP2 over gloo: the same losses, rewards and gradient norms as one process, and the same weights after three updates and more."""
+    """FSDP2 over gloo: the same losses, rewards and gradient norms as one process, and the same
+    weights after three updates and more."""
     one, two = (train_on(n, tmp_path / str(n), "--steps", 2, *flags) for n in (1, 2))
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
         assert two[1][name] == pytest.approx(one[1][name], rel=2e-2, abs=1e-4), name
-    x, y = (load_file(tmp_path / n / "checkpoint-2" / "model.safetensors") for n in ("1", "2"))
+    files = (tmp_path / n / "checkpoint-2" / "model.safetensors" for n in ("1", "2"))
+    x, y = map(load_file, files)
     assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
 
 
 def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tmp_path):
-    """Of two prompts one has a picture and one has none: each process gets one of them, and the vision tower needs both."""
-    rows = [{"problem": "<image> how many red objects are there ?", "answer": "3", "images": [str(tmp_path / "a.png")]},
-            {"problem": "how many red objects are there ?", "answer": "3", "images": []}]
+    """Of two prompts one has a picture and one has none: each process gets one of them, and the
+    vision tower needs both."""
+    question, picture = "how many red objects are there ?", str(tmp_path / "a.png")
+    rows = [
+        {"problem": f"<image> {question}", "answer": "3", "images": [picture]},
+        {"problem": question, "answer": "3", "images": []},
+    ]
     ToyData("train", 1)[0].images[0].save(tmp_path / "a.png")
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--model", folder, "--data", tmp_path / "mixed.jsonl", "--prompts_per_step", 2, "--max_response_tokens", 16, "--tokens_per_forward", 1,
-             "--dtype", "float32", "--packing", "rows", "--lr", "1e-4", "--steps", 2]
+    flags = ["--model", folder, "--data", tmp_path / "mixed.jsonl", "--prompts_per_step", 2]
+    flags += ["--max_response_tokens", 16, "--tokens_per_forward", 1, "--dtype", "float32"]
+    flags += ["--packing", "rows", "--lr", "1e-4", "--steps", 2]
     one, two = (train_on(n, tmp_path / str(n), *flags) for n in (1, 2))
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
@@ -190,25 +248,32 @@ def test_two_nodes_are_one(tmp_path):
     one = train_on(1, tmp_path / "one", "--steps", 1)
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-              "--rdzv_endpoint", f"localhost:{port}", "train.py", "--out", str(tmp_path / "two"), *SMALL, "--steps", "1"]
-    nodes = [subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    launch += ["--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    launch += ["--rdzv_endpoint", f"localhost:{port}"]
+    launch += ["train.py", "--out", str(tmp_path / "two"), *SMALL, "--steps", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    nodes = [subprocess.Popen(launch, cwd=ROOT, text=True, **pipes) for _ in range(2)]
     assert [n.wait(timeout=300) for n in nodes] == [0, 0], nodes[0].stderr.read()[-2000:]
     two = metrics(tmp_path / "two")
-    assert all(two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6) for name in SAME)
+    for name in SAME:
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["step.py", "rollout.py"])
 def test_the_measurements_run(script):
-    done = command(f"bench/{script}", "--sampler", "hf", "--prompts", 4, "--group", 2, "--rounds", 1)
+    flags = ["--sampler", "hf", "--prompts", 4, "--group", 2, "--rounds", 1]
+    done = command(f"bench/{script}", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(v > 0 for k, v in json.loads(done.stdout.splitlines()[-1])["seconds"].items() if not isinstance(v, dict) and k != "sync")
+    seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    assert all(v > 0 for k, v in seconds.items() if not isinstance(v, dict) and k != "sync")
 
 
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
-    """Two steps on some processes and the third on others: the third is that of a run that stayed where it was."""
+    """Two steps on some processes and the third on others: the third is that of a run that stayed
+    where it was."""
     whole = train_on(1, tmp_path / "whole", "--steps", 3)
     train_on(first, tmp_path / "moved", "--steps", 2)
     moved = train_on(then, tmp_path / "moved", "--steps", 3, "--resume")
@@ -219,8 +284,11 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
 
 def test_a_run_without_any_picture_resumes(folder, tmp_path):
     """The vision tower has no part in it, and still has its place in the optimiser's state."""
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"problem": f"how many red objects are there ? {i}", "answer": "3", "images": []}) for i in range(8)))
-    flags = ["--model", folder, "--data", tmp_path / "text.jsonl", "--max_response_tokens", 8, "--dtype", "float32", "--lr", "1e-4"]
+    problems = [f"how many red objects are there ? {i}" for i in range(8)]
+    rows = [json.dumps({"problem": p, "answer": "3", "images": []}) for p in problems]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    flags = ["--model", folder, "--data", tmp_path / "text.jsonl", "--max_response_tokens", 8]
+    flags += ["--dtype", "float32", "--lr", "1e-4"]
     train_on(1, tmp_path / "run", *flags, "--steps", 1)
     lines = train_on(1, tmp_path / "run", *flags, "--steps", 2, "--resume")
     assert len(lines) == 2 and all(m["perception_kl"] == 0 for m in lines)
@@ -236,14 +304,14 @@ def test_micro_batches_are_memory_only(tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, folder, monkeypatch):
     """The real update, with an advantage that overflows."""
-    module, run = one_run(tmp_path, folder, prompts_per_step=2)
-    before = [p.detach().clone() for p in run.policy.parameters()]
-    monkeypatch.setattr(module, "group_advantages", lambda r: torch.full_like(r, float("inf")))
-    line = module.train_step(run, 0)
-    assert line["skipped_updates"] == 1 and all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+    parts, progress = one_run(tmp_path, folder, prompts_per_step=2), module.Progress()
+    before = [p.detach().clone() for p in parts.policy.parameters()]
+    monkeypatch.setattr(papo, "group_advantages", lambda r: torch.full_like(r, float("inf")))
+    line = module.train_step(parts, progress)
+    assert line["skipped_updates"] == 1 and unchanged(before, parts.policy)
     monkeypatch.undo()
-    line = module.train_step(run, 1)
-    assert line["skipped_updates"] == 1 and not all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+    line = module.train_step(parts, progress)
+    assert line["skipped_updates"] == 1 and not unchanged(before, parts.policy)
 
 
 BAD = {
@@ -262,23 +330,25 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_sentence(case, tmp_path, monkeypatch):
-    import train as module
     flags, words = BAD[case]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *SMALL, *flags])
     with pytest.raises(SystemExit) as stopped:
         module.main()
-    assert stopped.value.code.startswith("error: ") and words in stopped.value.code and "\n" not in stopped.value.code
+    message = stopped.value.code
+    assert message.startswith("error: ") and words in message and "\n" not in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_bad_input_ends_the_command_without_a_traceback(tmp_path):
     done = command("train.py", "--out", tmp_path / "run", "--gama", 1)
-    assert done.returncode == 1 and done.stderr.strip() == "error: unrecognized arguments: --gama 1; see --help"
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: unrecognized arguments: --gama 1; see --help"
 
 
 def test_another_run_is_never_overwritten(finished):
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
-    for flags, words in [([], "holds another run"), (["--resume", "--gamma", "0.5", "--steps", "6"], "gamma (")]:
+    resume = ["--resume", "--gamma", "0.5", "--steps", "6"]
+    for flags, words in [([], "holds another run"), (resume, "gamma (")]:
         done = command("train.py", "--out", finished[0], *SMALL, "--save_every", "2", *flags)
         assert done.returncode != 0 and words in done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
@@ -287,17 +357,22 @@ def test_another_run_is_never_overwritten(finished):
 def test_a_model_folder_without_processor_files(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").unlink()
-    done = command("train.py", "--model", tmp_path / "model", "--data", "toy", "--out", tmp_path / "run", *SMALL)
-    assert done.returncode != 0 and "image processor files" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    flags = ["--model", tmp_path / "model", "--data", "toy", "--out", tmp_path / "run"]
+    done = command("train.py", *flags, *SMALL)
+    assert done.returncode != 0 and "image processor files" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
-    import checkpoint
-    from types import SimpleNamespace
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    run = SimpleNamespace(cfg=SimpleNamespace(out=tmp_path, keep=2), rank=0, policy=torch.nn.Linear(100, 100))
+    parts = SimpleNamespace(
+        cfg=SimpleNamespace(keep=2),
+        processes=SimpleNamespace(first=True),
+        optimiser=SimpleNamespace(updates=6, skipped=0),
+        policy=torch.nn.Linear(100, 100),
+    )
     with pytest.raises(SystemExit, match="no disk space left"):
-        checkpoint.save(run, 3)
+        checkpoint.save(tmp_path, {"step": 3, "cursor": 12}, parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -307,63 +382,85 @@ def test_every_knob_has_a_help_line():
         assert f"--{f.name}" in text and len(f.metadata["help"]) > 5
 
 
-# ------------------------------------------------------------------------------------------- one real step, in this process
+# ------------------------------------------------------------------- one real step, in this process
+
 
 def one_run(tmp_path, folder, **flags):
-    import train as module
-    from config import check, resolve
-    small = {"sampler": "hf", "prompts_per_step": 4, "prompts_per_update": 2, "tokens_per_forward": 1, "group_size": 4}
-    cfg = resolve({"model": str(folder), "data": "toy", "out": str(tmp_path), **small, **flags}, False)[0]
+    small = {"sampler": "hf", "prompts_per_step": 4, "prompts_per_update": 2}
+    small |= {"tokens_per_forward": 1, "group_size": 4}
+    flags = {"model": str(folder), "data": "toy", "out": str(tmp_path), **small, **flags}
+    cfg = resolve(flags, False)[0]
     check(cfg, 1, False)
-    return module, module.Run(cfg)
+    return setup(cfg)
+
+
+def unchanged(before, policy):
+    return all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
 VARIANTS = {
     "the paper's objective": dict(objective="paper"),
-    "exact, differentiable, double entropy": dict(perception="exact", entropy="exact", masked_grad=True, eta1=0.03, eta2=0.03),
+    "exact, differentiable, double entropy": dict(
+        perception="exact", entropy="exact", masked_grad=True, eta1=0.03, eta2=0.03
+    ),
     "the masked branch recomputed": dict(recompute_masked=True, eta2=0.03),
     "no reference": dict(no_ref_kl=True),
-    "raw": dict(mask="raw"), "noise": dict(mask="noise"), "contrast": dict(mask="contrast"), "patches": dict(mask_unit="patch"),
+    "raw": dict(mask="raw"),
+    "noise": dict(mask="noise"),
+    "contrast": dict(mask="contrast"),
+    "patches": dict(mask_unit="patch"),
     "cut-off responses": dict(mask_cut_off=True, overlong_buffer=16, max_response_tokens=24),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_takes_a_step(variant, tmp_path, folder):
-    module, run = one_run(tmp_path, folder, **VARIANTS[variant])
-    before = [p.detach().clone() for p in run.policy.parameters()]
-    line = module.train_step(run, 0)
-    assert all(v == v and abs(v) < 1e6 for v in line.values() if isinstance(v, float)) and line["skipped_updates"] == 0
+    parts = one_run(tmp_path, folder, **VARIANTS[variant])
+    before = [p.detach().clone() for p in parts.policy.parameters()]
+    line = module.train_step(parts, module.Progress())
+    assert all(v == v and abs(v) < 1e6 for v in line.values() if isinstance(v, float))
+    assert line["skipped_updates"] == 0
     assert line["perception_kl"] > 0 and ("ref_kl" in line) == (variant != "no reference")
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+    assert not unchanged(before, parts.policy)
 
 
 def test_the_first_updates_ratio_is_exactly_one(tmp_path, folder, monkeypatch):
-    """pi_old is pi_theta until something was updated: rho = 1 to the last bit on the first update, and not on the second."""
-    module, run = one_run(tmp_path, folder, lr=1e-3)
-    ratios, real = [], module.objective
-    monkeypatch.setattr(module, "objective", lambda s, old, *rest: ratios.append((s.logp.detach() - old).exp()) or real(s, old, *rest))
-    module.train_step(run, 0)
-    assert len(ratios) == 4 and all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
+    """pi_old is pi_theta until something was updated: rho = 1 to the last bit on the first update,
+    and not on the second."""
+    parts = one_run(tmp_path, folder, lr=1e-3)
+    ratios, real = [], papo.objective
+
+    def watched(said, *rest):
+        ratios.append((said.seen.logp.detach() - said.old).exp())
+        return real(said, *rest)
+
+    monkeypatch.setattr(papo, "objective", watched)
+    module.train_step(parts, module.Progress())
+    assert len(ratios) == 4
+    assert all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
 
 
-# --------------------------------------------------------------------------------------------------- watching for collapse
+# ---------------------------------------------------------------------------- watching for collapse
+
 
 def warned(name):
     """{step: the warnings given after it} of a committed run."""
-    import report
     lines = report.read_metrics(ROOT / "results" / name)
     found = {n: report.collapse_warnings(lines[:n]) for n in range(1, len(lines) + 1)}
     return {n: w for n, w in found.items() if w}, lines
 
 
 def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs():
-    """results/collapse is gamma 0.5: figure 11 of the paper on demand. Each signal is named once, with what to do about it."""
+    """results/collapse is gamma 0.5: figure 11 of the paper on demand. Each signal is named once,
+    with what to do about it."""
     found, lines = warned("collapse")
     first = min(found)
-    assert all(m["accuracy"] == 0 for m in lines[20:]) and first <= 14 and lines[first - 2]["accuracy"] > 0.05
+    assert all(m["accuracy"] == 0 for m in lines[20:])
+    assert first <= 14 and lines[first - 2]["accuracy"] > 0.05
     early = [w for n in found if n <= 20 for w in found[n]]
-    assert sorted(w.split()[1] for w in early) == ["clip_high_fraction", "entropy", "masked_entropy", "perception_kl"]
+    signals = ["clip_high_fraction", "entropy", "masked_entropy", "perception_kl"]
+    assert sorted(w.split()[1] for w in early) == signals
     assert all("running median" in w and "half the --gamma" in w for w in early)
-    for name in [f"{algo}-seed{s}" for algo in ("grpo", "papo_g") for s in (1, 2, 3)] + ["main_command"]:
+    sound = [f"{algo}-seed{s}" for algo in ("grpo", "papo_g") for s in (1, 2, 3)]
+    for name in [*sound, "main_command"]:
         assert warned(name)[0] == {}

@@ -1,4 +1,6 @@
-"""The real vLLM engine, in this process, on the real (tiny) model. Skipped only where no engine can run."""
+"""The real vLLM engine, in this process, on the real (tiny) model. Skipped only where no engine can
+run."""
+
 import json
 import subprocess
 import sys
@@ -7,25 +9,34 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT, SMALL, command
 from PIL import Image
 
-import rollout
-from config import default_sampler
-from conftest import ROOT, SMALL, command
-from data import Example, encode, generator
-from model import Policy, banned_tokens, full_parameters, load_processors, load_vlm
-from packing import pack
-from rollout import TransformersSampler, VLLMSampler, check_sync
+import plumbing.engine
+from plumbing.common import generator
+from plumbing.config import default_sampler
+from plumbing.data import Example, encode
+from plumbing.engine import VLLMSampler, check_sync
+from plumbing.packing import pack
+from plumbing.policy import Policy, banned_tokens, full_parameters, load_processors, load_vlm
+from rollout import TransformersSampler
 
 name, why = default_sampler(torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(name != "vllm", reason=f"no vLLM engine: {why}")
-qwen3 = pytest.mark.parametrize("toy_name", ["toy", pytest.param("toy-qwen3", marks=pytest.mark.slow)], indirect=True, scope="session")
+qwen3 = pytest.mark.parametrize(
+    "toy_name",
+    ["toy", pytest.param("toy-qwen3", marks=pytest.mark.slow)],
+    indirect=True,
+    scope="session",
+)
 TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
 def vllm_cfg(cfg):
-    return replace(cfg, sampler="vllm", temperature=TEMPERATURE, min_pixels=56 * 56, max_pixels=140 * 140)
+    return replace(
+        cfg, sampler="vllm", temperature=TEMPERATURE, min_pixels=56 * 56, max_pixels=140 * 140
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +45,20 @@ def mixed(folder, vllm_cfg, prompts):
     tok, image_processor = load_processors(folder, vllm_cfg)
     pictures = [p.example.images[0] for p in prompts[:2]]
     noise = [Image.effect_noise(size, 90).convert("RGB") for size in ((30, 40), (333, 250))]
-    examples = [prompts[0].example, Example("none", "how many red objects are there ?", "3"), Example("two", "<image> and <image> same ?", "3", pictures),
-                Example("small", "<image> how many are there ?", "3", noise[:1]), Example("large", "<image> how many are there ?", "3", noise[1:])]
+    examples = [
+        prompts[0].example,
+        Example("none", "how many red objects are there ?", "3"),
+        Example("two", "<image> and <image> same ?", "3", pictures),
+        Example("small", "<image> how many are there ?", "3", noise[:1]),
+        Example("large", "<image> how many are there ?", "3", noise[1:]),
+    ]
     return [encode(e, tok, image_processor) for e in examples], image_processor
 
 
 @pytest.fixture(scope="module")
 def engine(folder, processors, vllm_cfg, mixed):
-    sampler = VLLMSampler(folder, processors[0], mixed[1], banned_tokens(folder, processors[0]), vllm_cfg, 1)
+    banned = banned_tokens(folder, processors[0])
+    sampler = VLLMSampler(folder, (processors[0], mixed[1]), banned, vllm_cfg, 1)
     yield sampler
     sampler.close()
 
@@ -59,10 +76,12 @@ def names(prompts, *purpose):
 
 
 def scores(policy, prompts, rollouts):
-    """What the trainer says of the sampled tokens, as run.Run.logprobs -> a list of tensors."""
+    """What the trainer says of the sampled tokens, as policy.response_logprobs -> a list of
+    tensors."""
+    rows = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
     with torch.no_grad():
-        logp = policy(pack(policy.vlm, prompts, [r.tokens for r in rollouts])).logp
-    return [logp[b, g, :len(t)] for b, r in enumerate(rollouts) for g, t in enumerate(r.tokens)]
+        logp = policy(rows, rows.pixels).logp
+    return [logp[b, g, : len(t)] for b, r in enumerate(rollouts) for g, t in enumerate(r.tokens)]
 
 
 def gap(policy, prompts, rollouts):
@@ -79,12 +98,14 @@ def perturb(policy, amount=0.02):
 
 @qwen3
 def test_greedy_tokens_are_those_of_transformers(engine, trainer, mixed, vllm_cfg, monkeypatch):
-    greedy = replace(vllm_cfg, top_p=1e-9)                            # the nucleus of one token
+    greedy = replace(vllm_cfg, top_p=1e-9)  # the nucleus of one token
     monkeypatch.setattr(engine, "cfg", greedy)
-    ours = TransformersSampler(trainer.vlm, engine.tok, trainer.banned, greedy).generate(mixed[0], 1, names(mixed[0]))
+    sampler = TransformersSampler(trainer.vlm, engine.tok, trainer.banned, greedy)
+    ours = sampler.generate(mixed[0], 1, names(mixed[0]))
     theirs = engine.generate(mixed[0], 1, names(mixed[0]))
     for a, b in zip(ours, theirs):
-        assert a.tokens[0].tolist() == b.tokens[0].tolist() and a.finished == b.finished and a.texts == b.texts
+        assert a.tokens[0].tolist() == b.tokens[0].tolist()
+        assert a.finished == b.finished and a.texts == b.texts
         assert torch.allclose(a.logprobs[0], b.logprobs[0], atol=1e-4)
     assert sum(len(r.tokens[0]) for r in ours) > 30
 
@@ -92,7 +113,8 @@ def test_greedy_tokens_are_those_of_transformers(engine, trainer, mixed, vllm_cf
 @qwen3
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_logprobs_agree_with_the_trainers(top_p, engine, trainer, mixed, vllm_cfg, monkeypatch):
-    """At temperature 0.8, with a ban, and with a nucleus: scored is the distribution before it is cut."""
+    """At temperature 0.8, with a ban, and with a nucleus: scored is the distribution before it is
+    cut."""
     monkeypatch.setattr(engine, "cfg", replace(vllm_cfg, top_p=top_p))
     rollouts = engine.generate(mixed[0], 6, names(mixed[0]))
     assert gap(trainer, mixed[0], rollouts) < 1e-4
@@ -102,14 +124,19 @@ def test_logprobs_agree_with_the_trainers(top_p, engine, trainer, mixed, vllm_cf
 @qwen3
 def test_samples_have_a_name(engine, prompts):
     a, b, c = (engine.generate(prompts[:4], 3, names(prompts[:4], step)) for step in (1, 1, 2))
-    same = lambda x, y: all(torch.equal(s, t) for p, q in zip(x, y) for s, t in zip(p.tokens, q.tokens))
+    same = lambda x, y: all(
+        torch.equal(s, t) for p, q in zip(x, y) for s, t in zip(p.tokens, q.tokens)
+    )
     assert same(a, b) and not same(a, c)
 
 
 @qwen3
 def test_more_prompts_than_fit_into_one_step_of_the_engine(engine, trainer, prompts):
     """Prompts that are prefilled in chunks would end the CPU build here."""
-    many = [replace(p, ids=torch.cat([p.ids[:-2], p.ids[-12:-2].repeat(10), p.ids[-2:]])) for p in prompts * 4]
+    many = [
+        replace(p, ids=torch.cat([p.ids[:-2], p.ids[-12:-2].repeat(10), p.ids[-2:]]))
+        for p in prompts * 4
+    ]
     assert sum(len(p.ids) for p in many) * 4 > 2 * 8192
     rollouts = engine.generate(many, 4, names(many), limit=4)
     assert None not in rollouts and gap(trainer, many, rollouts) < 1e-4
@@ -121,21 +148,26 @@ def test_eos_is_inside_and_the_length_limit_is_marked(engine, prompts):
     assert any(f for r in rollouts for f in r.finished)
     for r in rollouts:
         for tokens, logprobs, finished in zip(r.tokens, r.logprobs, r.finished):
-            assert len(tokens) == len(logprobs) and (tokens[:-1] != eos).all() and finished == (tokens[-1] == eos).item()
-    assert all(len(t) == 3 and not f for r in engine.generate(prompts, 4, names(prompts), limit=3) for t, f in zip(r.tokens, r.finished))
+            assert len(tokens) == len(logprobs) and (tokens[:-1] != eos).all()
+            assert finished == (tokens[-1] == eos).item()
+    cut = engine.generate(prompts, 4, names(prompts), limit=3)
+    assert all(len(t) == 3 and not f for r in cut for t, f in zip(r.tokens, r.finished))
 
 
 @qwen3
 def test_a_picture_is_encoded_once_for_all_its_responses(engine, mixed):
-    """Patches that went through the engine's vision tower, against those of the distinct pictures."""
+    """Patches that went through the engine's vision tower, against those of the distinct
+    pictures."""
     engine.engine.reset_encoder_cache()
     engine.engine.reset_prefix_cache()
     patches = []
-    hook = engine.llm.apply_model(lambda m: m.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0]))))[0]
+    hook = engine.llm.apply_model(
+        lambda m: m.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
+    )[0]
     prompts = [mixed[0][0], *mixed[0][3:]]
     engine.generate(prompts, 8, names(prompts))
     hook.remove()
-    assert sum(patches) == sum(len(p.pixel_values) for p in prompts)
+    assert sum(patches) == sum(len(p.pixels) for p in prompts)
 
 
 @qwen3
@@ -152,19 +184,27 @@ def test_visual_tokens_are_never_sampled(engine, trainer, prompts, processors):
 
 @qwen3
 def test_a_refused_prompt_is_named_and_the_others_go_on(engine, prompts, capsys):
-    bad = replace(prompts[1], ids=prompts[1].ids[prompts[1].ids != engine.pad], example=replace(prompts[1].example, id="no placeholder"))
-    long = replace(prompts[2], ids=prompts[2].ids.repeat(20), example=replace(prompts[2].example, id="endless"))
+    bad = replace(
+        prompts[1],
+        ids=prompts[1].ids[prompts[1].ids != engine.pad],
+        example=replace(prompts[1].example, id="no placeholder"),
+    )
+    long = replace(
+        prompts[2], ids=prompts[2].ids.repeat(20), example=replace(prompts[2].example, id="endless")
+    )
     batch = [prompts[0], bad, long, prompts[3]]
     rollouts = engine.generate(batch, 2, names(batch))
     assert [r is None for r in rollouts] == [False, True, True, False]
     said = "".join(capsys.readouterr())
     assert "example no placeholder is left out" in said and "example endless is left out" in said
-    assert engine.generate(prompts, 2, names(prompts))[7] is not None                     # and nothing of them is left in the engine
+    # And nothing of them is left in the engine.
+    assert engine.generate(prompts, 2, names(prompts))[7] is not None
 
 
 @qwen3
 def test_weights_and_caches_are_fresh_after_a_sync(engine, trainer, prompts):
-    """The same prompts again, so that whatever a stale prefix or picture cache holds would be used."""
+    """The same prompts again, so that whatever a stale prefix or picture cache holds would be
+    used."""
     before = engine.generate(prompts, 2, names(prompts))
     perturb(trainer)
     assert gap(trainer, prompts, engine.generate(prompts, 2, names(prompts))) > 0.05
@@ -174,21 +214,33 @@ def test_weights_and_caches_are_fresh_after_a_sync(engine, trainer, prompts):
 
 
 @qwen3
-def test_the_check_finds_a_sync_that_does_nothing_and_one_that_forgets_a_tensor(engine, trainer, prompts, monkeypatch):
-    some, score = prompts[:3], lambda p, r: scores(trainer, p, r)
+def test_the_check_finds_a_sync_that_does_nothing_and_one_that_forgets_a_tensor(
+    engine, trainer, prompts, monkeypatch
+):
+    some, whole = prompts[:3], full_parameters
     before = [p.clone() for p in trainer.parameters()]
-    assert check_sync(engine, trainer, some, score, 1e-3, names(some)) < 1e-4
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters()))             # undone to the last bit
-    for lost in ("visual.blocks.0.attn.proj.weight", "language_model.layers.2.mlp.down_proj.weight", "embed_tokens.weight"):
-        whole, stale = full_parameters, {n: p.detach().clone() for n, p in trainer.vlm.named_parameters() if n.endswith(lost)}
+    assert check_sync(engine, trainer, some, names(some), 1e-3) < 1e-4
+    # Undone to the last bit.
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters()))
+    for lost in (
+        "visual.blocks.0.attn.proj.weight",
+        "language_model.layers.2.mlp.down_proj.weight",
+        "embed_tokens.weight",
+    ):
+        parameters = trainer.vlm.named_parameters()
+        stale = {n: p.detach().clone() for n, p in parameters if n.endswith(lost)}
         assert len(stale) == 1
-        monkeypatch.setattr(rollout, "full_parameters", lambda policy: ((n, stale.get(n, p)) for n, p in whole(policy)))
+
+        def forgets(policy, stale=stale):
+            return ((n, stale.get(n, p)) for n, p in whole(policy))
+
+        monkeypatch.setattr(plumbing.engine, "full_parameters", forgets)
         with pytest.raises(SystemExit, match="does not have the trainer's weights"):
-            check_sync(engine, trainer, some, score, 1e-3, names(some))
+            check_sync(engine, trainer, some, names(some), 1e-3)
         monkeypatch.undo()
     monkeypatch.setattr(engine, "sync", lambda policy: None)
     with pytest.raises(SystemExit, match="does not have the trainer's weights"):
-        check_sync(engine, trainer, some, score, 1e-3, names(some))
+        check_sync(engine, trainer, some, names(some), 1e-3)
 
 
 @qwen3
@@ -203,44 +255,64 @@ def test_a_sync_streams(engine, trainer, monkeypatch):
             alive.add(p)
             most[0] = max(most[0], sum(x.numel() for x in alive))
             yield n, p
-    monkeypatch.setattr(rollout, "full_parameters", counted)
+
+    monkeypatch.setattr(plumbing.engine, "full_parameters", counted)
     engine.sync(trainer)
     assert 0 < most[0] < total / 4
 
 
-# ---------------------------------------------------------------------------------------------------------- the real commands
+# -------------------------------------------------------------------------- the real commands
 
 FLAGS = [*SMALL[2:], "--sampler", "vllm", "--algo", "papo_g"]
 
 
 def train(out, *flags, processes=1):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [sys.executable]
-    done = subprocess.run([*map(str, launch), "train.py", "--out", out, *map(str, [*FLAGS, *flags])], cwd=ROOT, text=True, capture_output=True, timeout=400)
+    launch = [sys.executable]
+    if processes > 1:
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
+        launch += [*torchrun.split(), str(processes)]
+    done = subprocess.run(
+        [*launch, "train.py", "--out", out, *map(str, [*FLAGS, *flags])],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Exception" not in done.stderr
-    return done.stdout, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return done.stdout, [json.loads(line) for line in lines]
 
 
 def test_training_samples_with_vllm(tmp_path):
     stdout, lines = train(tmp_path / "run", "--steps", 2, "--top_p", 0.99)
-    assert "sampler vllm (as asked)" in stdout and "responses come from the nucleus" in stdout and "weights reach the sampler" in stdout
+    assert "sampler vllm (as asked)" in stdout and "responses come from the nucleus" in stdout
+    assert "weights reach the sampler" in stdout
     assert [m["step"] for m in lines] == [1, 2]
-    for m in lines:                                                   # the second step samples with the weights of the first's updates
-        assert m["sampler_gap"] < 1e-5 and abs(m["sampler_kl"]) < 1e-6 and m["host_memory_gb"] > 0.1 and m["refused_prompts"] == 0
-    done = command("eval.py", "--model", tmp_path / "run" / "checkpoint-2", "--n", 2, "--questions", 4, "--sampler", "vllm")
-    assert done.returncode == 0 and "sampler vllm (as asked)" in done.stdout and "vision" in done.stdout, done.stderr[-2000:]
+    for m in lines:  # the second step samples with the weights of the first's updates
+        assert m["sampler_gap"] < 1e-5 and abs(m["sampler_kl"]) < 1e-6
+        assert m["host_memory_gb"] > 0.1 and m["refused_prompts"] == 0
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    flags = "--n 2 --questions 4 --sampler vllm".split()
+    done = command("eval.py", "--model", checkpoint, *flags)
+    assert done.returncode == 0 and "sampler vllm (as asked)" in done.stdout, done.stderr[-2000:]
+    assert "vision" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_two_processes_with_an_engine_each_or_one_between_them(tensor_parallel, tmp_path):
-    _, lines = train(tmp_path / "run", "--steps", 2, "--tensor_parallel", tensor_parallel, processes=2)
+    _, lines = train(
+        tmp_path / "run", "--steps", 2, "--tensor_parallel", tensor_parallel, processes=2
+    )
     assert len(lines) == 2 and all(m["sampler_gap"] < 1e-5 for m in lines)
 
 
 @pytest.mark.slow
 def test_bfloat16_stays_within_the_tolerance_of_the_check(tmp_path):
-    _, lines = train(tmp_path / "run", "--steps", 2, "--dtype", "bfloat16", "--importance_cap", 2, processes=2)
+    _, lines = train(
+        tmp_path / "run", "--steps", 2, "--dtype", "bfloat16", "--importance_cap", 2, processes=2
+    )
     assert all(1e-4 < m["sampler_gap"] < 0.1 for m in lines)
 
 
@@ -254,5 +326,7 @@ def test_memory_is_flat_over_200_steps(tmp_path):
 
 @qwen3
 def test_an_engine_that_cannot_start_says_why(folder, processors, vllm_cfg):
-    with pytest.raises(SystemExit, match="error: the vLLM engine does not start .*max_model_len.*--sampler hf"):
-        VLLMSampler(folder, *processors, banned_tokens(folder, processors[0]), replace(vllm_cfg, max_prompt_tokens=5000), 1)
+    banned, long = banned_tokens(folder, processors[0]), replace(vllm_cfg, max_prompt_tokens=5000)
+    said = "error: the vLLM engine does not start .*max_model_len.*--sampler hf"
+    with pytest.raises(SystemExit, match=said):
+        VLLMSampler(folder, processors, banned, long, 1)

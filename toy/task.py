@@ -1,82 +1,103 @@
-"""The embedded default's task: pictures drawn here, and questions about them. (Its policy is in warm.py.)
+"""The toy task: pictures drawn here, and questions about them.
 
-A picture is a GRID x GRID board of coloured shapes, one board cell per merged vision token (28 x 28 pixels). A question
-comes with a hint in words ("a friend says 3"). In training the hint is right HINT_RIGHT of the time: a shortcut that
-earns reward without looking. That is the disease PAPO treats, in a size that fits a laptop.
+A picture is a GRID x GRID board of coloured shapes, one board cell a merged vision token (28 x 28
+pixels). A question comes with a hint in words ("a friend says 3"). In training the hint is right
+HINT_RIGHT of the time: a shortcut that earns reward without looking. That is the disease PAPO
+treats, in a size that fits a laptop.
 
     split     pictures    hint
     train     train       right with probability HINT_RIGHT, otherwise a plausible wrong answer
     general   held out    as in training
-    vision    held out    the answer to the same question about another picture: no information about this one
-    blind     held out    the `vision` questions with the picture blacked out: what is scored without seeing
+    vision    held out    the answer to the same question about another picture: says nothing
+    blind     held out    the `vision` questions with the picture blacked out: scored without seeing
     val       held out    as `vision`, other pictures; the only split that settings are chosen on
 
-Every example is a pure function of (seed, split, index). A hash of the board decides which pictures may be trained on,
-so train and test pictures never coincide.
+Every example is a pure function of (seed, split, index). A hash of the board decides which pictures
+may be trained on, so train and test pictures never coincide.
 
-    python toy.py 5        # look at five examples
+    python -m toy.task 5        # look at five examples
 """
+
 import hashlib
 import random
 import sys
 
 from PIL import Image, ImageDraw
 
-from data import Example
+from plumbing.data import Example
 
-GRID, CELL = 3, 28                       # cells per side; pixels per cell = one merged vision token
-NAMES = [f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)]    # a1 b1 c1 / a2 b2 c2 / a3 b3 c3
-HINT_RIGHT = 0.5                         # how often a training hint is right
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
+GRID, CELL = 3, 28  # cells a side; pixels a cell, which is one merged vision token
+NAMES = [
+    f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)
+]  # a1 b1 c1, a2 b2 c2, ...
+HINT_RIGHT = 0.5  # how often a training hint is right
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 200, 40),
+}
 SHAPES = ["circle", "square", "triangle"]
 FAMILIES = ["count", "where", "compare", "add"]
 SPLITS = ["general", "vision", "blind"]  # what an evaluation reports
 
 
-# ---------------------------------------------------------------------------------------------- pictures and questions
+# ----------------------------------------------------------------------- pictures and questions
+
 
 def draw(board, rng):
-    """Render a board, a list of GRID*GRID cells (colour, shape) or None, as an RGB picture of GRID*CELL pixels a side.
+    """A board, a list of GRID * GRID cells (colour, shape) or None, as an RGB picture.
 
-    The background is tinted by row and column, as graph paper has a ruler: a tiny vision tower must be able to tell where.
+    The background is tinted by row and column, as graph paper has a ruler: a tiny vision tower must
+    be able to tell where it looks.
     """
     picture = Image.new("RGB", (GRID * CELL, GRID * CELL))
     pen = ImageDraw.Draw(picture)
     for i, cell in enumerate(board):
         row, column = divmod(i, GRID)
         left, top = column * CELL, row * CELL
-        pen.rectangle([left, top, left + CELL - 1, top + CELL - 1], outline=(200, 200, 200),
-                      fill=(255 - 50 * row, 240, 255 - 50 * column))
+        square = [left, top, left + CELL - 1, top + CELL - 1]
+        tint = (255 - 50 * row, 240, 255 - 50 * column)
+        pen.rectangle(square, outline=(200, 200, 200), fill=tint)
         if cell is None:
             continue
         colour, shape = cell
         size = rng.randint(16, 20)
         x, y = left + rng.randint(3, CELL - 4 - size), top + rng.randint(3, CELL - 4 - size)
+        corners = [x, y, x + size, y + size]
         if shape == "circle":
-            pen.ellipse([x, y, x + size, y + size], fill=COLOURS[colour])
+            pen.ellipse(corners, fill=COLOURS[colour])
         elif shape == "square":
-            pen.rectangle([x, y, x + size, y + size], fill=COLOURS[colour])
+            pen.rectangle(corners, fill=COLOURS[colour])
         else:
-            pen.polygon([(x + size // 2, y), (x, y + size), (x + size, y + size)], fill=COLOURS[colour])
+            points = [(x + size // 2, y), (x, y + size), (x + size, y + size)]
+            pen.polygon(points, fill=COLOURS[colour])
     return picture
 
 
 def held_out(board):
-    """One board in eight is never trained on; decided by its content, so no picture is on both sides."""
+    """One board in eight is never trained on; its content decides, so none is on both sides."""
     return hashlib.sha256(repr(board).encode()).digest()[0] % 8 == 0
 
 
 def random_board(rng, test):
     """Draw boards until one falls on the wanted side of the train/test divide."""
+
+    def cell():
+        return None if rng.random() < 0.2 else (rng.choice(list(COLOURS)), rng.choice(SHAPES))
+
     while True:
-        board = [None if rng.random() < 0.2 else (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(GRID**2)]
+        board = [cell() for _ in range(GRID**2)]
         if held_out(board) == test:
             return board
 
 
 def count(board, word, reader):
-    """How many objects of a colour or shape, row by row: ("red : 1 + 0 + 2 = 3", 3)."""
-    rows = [reader(sum(c is not None and word in c for c in board[i:i + GRID]), range(GRID + 1)) for i in range(0, GRID**2, GRID)]
+    """How many objects of a colour or shape, row by row: ("red : 1 + 0 + 2 = 3", 3)"""
+    rows = []
+    for i in range(0, GRID**2, GRID):
+        truth = sum(c is not None and word in c for c in board[i : i + GRID])
+        rows.append(reader(truth, range(GRID + 1)))
     return f"{word} : {' + '.join(map(str, rows))} = {sum(rows)}", sum(rows)
 
 
@@ -86,9 +107,11 @@ def careful(truth, _):
 
 
 def ask(family, rng):
-    """A question of one family -> (question, solve); solve(board, reader) -> (chain of thought, answer), None if it has none.
+    """A question of one family -> (question, solve)
 
-    The reader is asked for every fact that is read off the picture: reader(truth, possible values). Arithmetic is always right.
+    solve(board, reader) -> (chain of thought, answer), or None where the board has no answer. The
+    reader is asked for every fact that is read off the picture, reader(truth, possible values);
+    arithmetic is always right.
     """
     if family == "count":
         word = rng.choice([*COLOURS, *SHAPES])
@@ -97,6 +120,7 @@ def ask(family, rng):
         def solve(board, reader=careful):
             thought, total = count(board, word, reader)
             return thought, str(total)
+
         return f"how many {plural} are there ?", solve
     if family == "where":
         i, what = rng.randrange(GRID**2), rng.choice(["colour", "shape"])
@@ -105,28 +129,41 @@ def ask(family, rng):
             if board[i]:
                 cell = reader(board[i][0], list(COLOURS)), reader(board[i][1], SHAPES)
                 return f"{NAMES[i]} : {' '.join(cell)}", cell[what == "shape"]
+
         return f"what {what} is at {NAMES[i]} ?", solve
     a, b = rng.sample(list(COLOURS), 2)
     if family == "compare":
+
         def solve(board, reader=careful):
             (left, x), (right, y) = count(board, a, reader), count(board, b, reader)
             sign = ">" if x > y else "<" if x < y else "same"
             return f"{left} ; {right} ; {x} {sign} {y}", a if x > y else b if x < y else "same"
+
         return f"are there more {a} or more {b} objects ?", solve
 
     def solve(board, reader=careful):
         (left, x), (right, y) = count(board, a, reader), count(board, b, reader)
         return f"{left} ; {right} ; {x} + {y} = {x + y}", str(x + y)
+
     return f"how many {a} and {b} objects are there together ?", solve
 
 
 def describe(board):
-    """Every cell in reading order: the dense supervision that teaches a small vision tower to see."""
-    return " , ".join(f"{n} : {' '.join(c) if c else 'none'}" for n, c in zip(NAMES, board))
+    """Every cell in reading order: the dense supervision that teaches a small tower to see."""
+    cells = zip(NAMES, board)
+    return " , ".join(f"{name} : {' '.join(cell) if cell else 'none'}" for name, cell in cells)
+
+
+def respond(thought, answer):
+    """A response in the form that the reward wants."""
+    return f"<think> {thought} </think> \\boxed{{ {answer} }}"
+
+
+# ------------------------------------------------------------------------------------- examples
 
 
 def make(seed, split, index):
-    """-> (Example, the response a perfect policy would give, the board). A pure function of its arguments."""
+    """-> (Example, the response of a perfect policy, the board): a pure function."""
     rng = random.Random(f"{seed}/{'vision' if split == 'blind' else split}/{index}")
     test = split != "train"
     family = FAMILIES[index % len(FAMILIES)]
@@ -146,9 +183,15 @@ def make(seed, split, index):
     picture = draw(board, rng)
     if split == "blind":
         picture = Image.new("RGB", picture.size)
-    example = Example(id=f"{split}-{index}", problem=f"<image> a friend says {hint} . {question}", answer=answer,
-                      images=[picture], contrast=[draw(others[0], rng)], tags={"family": family, "hint_right": hint == answer})
-    return example, f"<think> {thought} </think> \\boxed{{ {answer} }}", board
+    example = Example(
+        id=f"{split}-{index}",
+        problem=f"<image> a friend says {hint} . {question}",
+        answer=answer,
+        images=[picture],
+        contrast=[draw(others[0], rng)],
+        tags={"family": family, "hint_right": hint == answer},
+    )
+    return example, respond(thought, answer), board
 
 
 class ToyData:

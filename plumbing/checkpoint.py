@@ -1,0 +1,129 @@
+"""A run that can be stopped at any moment and goes on as if it had not been.
+
+    checkpoint-N/            a Hugging Face folder: safetensors, config, tokenizer, processor files
+    checkpoint-N/trainer/    torch.distributed.checkpoint: master weights and optimiser state; its
+                             state.json: counters
+
+A checkpoint is written under a hidden name and renamed when it is whole, so one with its final name
+is always whole. No state of a random generator is saved, since every draw of a run is made by a
+generator with a name: (seed, purpose, step, prompt).
+"""
+
+import errno
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from plumbing.common import fail
+from plumbing.config import same_run
+from plumbing.policy import save_hf
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights and optimiser state."""
+
+    step: int = 0
+    cursor: int = 0  # prompts consumed of the stream
+
+
+def whole(out):
+    """Checkpoints in an output folder, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def open_folder(out, cfg):
+    """Check that a run may write here -> the checkpoint to continue from, or None.
+
+    Ends with a sentence if it may not.
+    """
+    used = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
+    if not cfg.resume:
+        if used:
+            fail(f"{out} holds another run; continue it with --resume, or give another --out")
+        if out.exists() and not out.is_dir():
+            fail(f"{out} is a file; give another --out")
+        return None
+    if not used:
+        fail(f"--resume: there is no run in {out}")
+    same_run(cfg, out / "config.json")
+    return whole(out)[-1] if whole(out) else None
+
+
+def _state(policy, optimiser):
+    model, moments = get_state_dict(policy, optimiser.adamw)
+    return {"model": model, "optimiser": moments}
+
+
+def save(out, counters, parts):
+    """Write checkpoint-<step> and remove the oldest beyond cfg.keep. Collective.
+
+    counters: {"step", "cursor"} of the run. Ends with a sentence on a full disk; what was whole
+    stays.
+    """
+    processes, optimiser = parts.processes, parts.optimiser
+    final = out / f"checkpoint-{counters['step']}"
+    making = out / f".making-{final.name}"
+    if final.exists():
+        return
+    counters = {**counters, "updates": optimiser.updates, "skipped": optimiser.skipped}
+    try:
+        if processes.first:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+            size = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
+            if shutil.disk_usage(out).free < 5 * size:  # weights twice, two moments, some room
+                raise OSError(errno.ENOSPC, "no space left")
+        processes.barrier()
+        save_hf(parts.policy, making, parts.folder, processes.first)
+        with warnings.catch_warnings():  # one process saving alone is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            state, alone = _state(parts.policy, optimiser), processes.world == 1
+            dcp.save(state, checkpoint_id=making / "trainer", no_dist=alone)
+        if processes.first:
+            (making / "trainer" / "state.json").write_text(json.dumps(counters))
+            making.rename(final)
+            remove_oldest(out, parts.cfg.keep)
+    except (OSError, dcp.api.CheckpointException) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full:
+            raise
+        shutil.rmtree(making, ignore_errors=True)
+        fail(
+            f"no disk space left for {final}; free some and continue with --resume (older "
+            "checkpoints are untouched)"
+        )
+    processes.barrier()
+
+
+def remove_oldest(out, keep):
+    """Keep the newest checkpoints; 0 keeps all. A kill in the middle leaves nothing that looks
+    whole."""
+    for old in whole(out)[:-keep] if keep else []:
+        old.rename(out / f".removing-{old.name}")
+    for old in out.glob(".removing-*"):
+        shutil.rmtree(old)
+
+
+def restore(folder, parts):
+    """Load a checkpoint's weights and optimiser state -> {"step", "cursor"}. Collective."""
+    state = _state(parts.policy, parts.optimiser)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        alone = parts.processes.world == 1
+        dcp.load(state, checkpoint_id=folder / "trainer", no_dist=alone)
+    set_state_dict(
+        parts.policy,
+        parts.optimiser.adamw,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimiser"],
+    )
+    counters = json.loads((folder / "trainer" / "state.json").read_text())
+    parts.optimiser.updates = counters.pop("updates")
+    parts.optimiser.skipped = counters.pop("skipped")
+    return counters

@@ -1,0 +1,87 @@
+"""What every file may import: stopping with one sentence, random draws that have a name, and files
+that are whole or not there."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+
+import torch
+
+
+def fail(message, here=False):
+    """End the program with one clear sentence and a non-zero exit status.
+
+    Every process of a run is expected to fail together, so only the first one speaks; with `here`,
+    the error belongs to this process alone and is said by it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        sys.exit(f"error: {message}")
+    sys.exit(f"error in process {rank}: {message}" if here else 1)
+
+
+def generator(*name):
+    """A random generator with a name, such as (seed, "mask", step, prompt).
+
+    Every draw of a run is made from a name like this one. So it repeats, it survives a resume
+    without any saved state, and it does not depend on the number of processes.
+    """
+    digest = hashlib.sha256(repr(name).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def register(registry, name):
+    """A decorator that enters a function in a registry. Raises ValueError for a name in use."""
+    if name in registry:
+        raise ValueError(f"{name} is registered already; choose another name")
+
+    def enter(function):
+        registry[name] = function
+        return function
+
+    return enter
+
+
+def write_atomically(path, text):
+    """Write beside the file, then rename: a reader sees the old file or the new one, never half."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+class Clock:
+    """Seconds by phase: `with clock("update"): ...` adds to clock.seconds["update"]."""
+
+    def __init__(self):
+        self.began, self.seconds = time.perf_counter(), {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def so_far(self):
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.began
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """While this lasts, SIGINT and SIGTERM (torchrun sends both) only lengthen the list yielded."""
+    asked = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, lambda *_: asked.append(True)) for s in signals]
+    try:
+        yield asked
+    finally:
+        for s, handler in zip(signals, before):
+            signal.signal(s, handler)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

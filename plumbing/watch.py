@@ -1,0 +1,50 @@
+"""What is watched while a run trains: validation, samples, curves, and the before/after table."""
+
+import json
+from pathlib import Path
+
+from eval import evaluate_splits
+from plumbing import report
+from plumbing.common import Clock, write_atomically
+from plumbing.samples import write_samples
+from plumbing.setup import splits_of, validation_split
+from plumbing.summary import table
+
+
+def watch(parts, metrics, say):
+    """Validate where it is time to, and show what a step's metrics are."""
+    cfg, out, step = parts.cfg, Path(parts.cfg.out), metrics["step"]
+    if cfg.val_data and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+        clock, split = Clock(), validation_split(cfg.val_data)
+        metrics["val_accuracy"] = evaluate_splits(parts, [split], 2, "val")[split]["accuracy"]
+        write_samples(parts, parts.validation[split], out, step)
+        metrics["val_seconds"] = clock.so_far()
+    say(report.console_line(metrics, cfg.steps))
+    if parts.processes.first:
+        report.log(out, metrics)
+        if "val_accuracy" in metrics:
+            report.curves(out)
+        for line in report.collapse_warnings(report.read_metrics(out)) if cfg.gamma else []:
+            say(line)
+
+
+def evaluate(parts, when, say):
+    """avg@n on every test split, before or after training, into evaluation.json -> {when: ...}"""
+    cfg, file = parts.cfg, Path(parts.cfg.out) / "evaluation.json"
+    summaries = json.loads(file.read_text()) if file.exists() else {}
+    # What was measured before training stays; after it, a longer run is measured again.
+    if cfg.val_data and (when == "after" or when not in summaries):
+        summaries[when] = evaluate_splits(parts, splits_of(cfg.val_data), cfg.eval_n, "test")
+        say("\n".join([f"accuracy {when} training:", *table(summaries[when])]))
+        if parts.processes.first:
+            write_atomically(file, json.dumps(summaries, indent=1))
+    return summaries
+
+
+def show(out, summaries, say):
+    """What a finished run leaves: the table of before and after, and the files in its folder."""
+    report.curves(out)
+    if summaries:
+        say("\n".join(report.before_after(summaries)))
+    written = sorted(p for p in out.iterdir() if not p.name.startswith("."))
+    say(f"written: {', '.join(map(str, written))}")

@@ -1,0 +1,74 @@
+"""A fork touches one place: a mask, a reward and an algorithm that are registered from outside, and
+train two steps of the toy through the command's own entry point."""
+
+import json
+import os
+
+from conftest import ROOT, SMALL, command
+
+ENTRY = "\n\nif __name__ == '__main__':\n    import train\n    train.main()\n"
+
+
+def fork(tmp_path, code, *flags):
+    """Train with a script that registers something -> (its metrics, its configuration)"""
+    script, out = tmp_path / "fork.py", tmp_path / "run"
+    tmp_path.mkdir(exist_ok=True)
+    script.write_text(code + ENTRY)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = command(script, "--out", out, *SMALL, "--steps", 2, *flags, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [m["step"] for m in metrics] == [1, 2]
+    return metrics, json.loads((out / "config.json").read_text())["config"]
+
+
+def test_a_new_mask(tmp_path):
+    code = """
+import torch
+from masking import kind, mask_patches
+
+@kind("none")
+def nothing_masked(prompt, masker, generator):
+    return prompt.pixels.clone()
+
+@kind("all")
+def all_masked(prompt, masker, generator):
+    everything = torch.ones(len(prompt.pixels), dtype=torch.bool)
+    return mask_patches(prompt.pixels, everything, masker.black)
+"""
+    metrics, cfg = fork(tmp_path / "a", code, "--mask", "none", "--prompts_per_step", 2)
+    # One update a step, so the masked picture is scored under the weights of that very update.
+    assert cfg["mask"] == "none" and all(abs(m["perception_kl"]) < 1e-9 for m in metrics)
+    metrics, cfg = fork(tmp_path / "b", code, "--mask", "all", "--prompts_per_step", 2)
+    assert cfg["mask"] == "all" and all(m["perception_kl"] > 1e-4 for m in metrics)
+
+
+def test_a_new_reward(tmp_path):
+    code = """
+from reward import rule
+
+@rule("brief")
+def brief(graded):
+    return graded.accuracy + 1 / len(graded.response)
+"""
+    metrics, cfg = fork(tmp_path, code, "--reward", "brief")
+    assert cfg["reward"] == "brief"
+    for m in metrics:  # the toy's responses are a few hundred characters at the most
+        assert m["accuracy"] + 1e-3 < m["reward"] < m["accuracy"] + 1
+
+
+def test_a_new_algorithm(tmp_path):
+    code = """
+import papo
+
+papo.ALGORITHMS["gentle"] = papo.ALGORITHMS["papo_g"] | dict(beta=0.0, gamma=0.003, eta1=0.001)
+papo.ALGORITHMS["gentle/paper"] = dict(loss_mean="token")
+"""
+    metrics, cfg = fork(tmp_path, code, "--algo", "gentle", "--objective", "paper")
+    assert (cfg["algo"], cfg["beta"], cfg["gamma"], cfg["eta1"]) == ("gentle", 0.0, 0.003, 0.001)
+    assert (cfg["perception"], cfg["loss_mean"]) == ("printed", "token")
+    assert all("ref_kl" not in m for m in metrics)
+    for m in metrics:  # minus J is the sum of its terms, those that the row turned on
+        terms = m["policy_loss"] - 0.003 * m["perception_kl"] + 0.001 * m["entropy"]
+        assert abs(m["loss"] - terms) < 1e-6

@@ -1,0 +1,102 @@
+"""Where students are: the commands called from another folder, from a path with a space, from a
+checkout that cannot be written to, and on a platform without what only Linux has."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL
+
+from plumbing.processes import Processes
+
+
+def copy_of_the_project(folder):
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+    return folder
+
+
+def call(script, *flags, **kwargs):
+    line = [sys.executable, script, *map(str, flags)]
+    done = subprocess.run(line, text=True, capture_output=True, timeout=300, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_from_another_folder_and_a_read_only_checkout_with_a_space_in_its_path(tmp_path, folder):
+    project, elsewhere = copy_of_the_project(tmp_path / "my papo"), tmp_path / "here"
+    elsewhere.mkdir()
+    for path in [project, *project.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in [project, *project.rglob("*")]}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        out = elsewhere / "a run"
+        train = ["-m", "torch.distributed.run", "--standalone", project / "train.py"]
+        call(*train, "--algo", "papo_g", "--steps", 1, "--out", out, *SMALL, cwd=elsewhere)
+        asked = ["--model", out / "checkpoint-1", "--n", 1, "--questions", 2, "--sampler", "hf"]
+        said = call(project / "eval.py", *asked, cwd=elsewhere, env=environment)
+        assert "vision" in said and list(elsewhere.iterdir()) == [out]
+        tests = ["-m", "pytest", "-p", "no:cacheprovider", project / "tests" / "test_packing.py"]
+        assert "passed" in call(*tests, cwd=elsewhere, env=environment)
+        after = {path: path.stat().st_mtime_ns for path in [project, *project.rglob("*")]}
+        if os.getuid():  # who may write anywhere can leave __pycache__ behind
+            assert before == after
+        new = {path.name for path in after.keys() - before.keys() if path.suffix != ".pyc"}
+        assert new <= {"__pycache__"}
+    finally:
+        for path in [project, *project.rglob("*")]:
+            path.chmod(0o755)
+
+
+# What Python runs in every process of the test below before anything else: the parts of the
+# standard library that macOS or Windows lack are taken away, and /proc with them. psutil comes
+# first, and may go on using /proc: it knows each platform's own way.
+WITHOUT_LINUX = """
+import builtins, io, os, signal, sys
+
+import psutil
+
+sys.modules["resource"] = None  # importing it raises ImportError
+for name in ("SIGALRM", "alarm", "setitimer", "getitimer"):
+    delattr(signal, name)
+whole = io.open
+
+def guarded(file, *args, **kwargs):
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    if str(file).startswith("/proc") and not caller.startswith("psutil"):
+        raise FileNotFoundError(f"no {file} here; asked by {caller}")
+    return whole(file, *args, **kwargs)
+
+builtins.open = io.open = guarded
+with whole(os.environ["TAKEN_AWAY"], "a") as log:
+    log.write(" ".join(sys.orig_argv) + chr(10))
+"""
+
+
+def test_a_short_training_without_what_only_linux_has(tmp_path, folder):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_LINUX)
+    out, log = tmp_path / "run", tmp_path / "log"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TAKEN_AWAY": str(log)}
+    call(ROOT / "train.py", "--out", out, *SMALL, "--steps", 2, cwd=tmp_path, env=environment)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and all(m["host_memory_gb"] > 0.1 for m in metrics)
+    assert all(m["accuracy"] > 0 for m in metrics)  # answers are still graded
+    started = log.read_text()
+    assert "train.py" in started and "answers.py --worker" in started  # the workers lacked it too
+
+
+@pytest.mark.parametrize("local, expected", [("2", "lo0"), ("1", None)])
+def test_on_a_mac_gloo_meets_on_loopback(monkeypatch, local, expected):
+    """Where all processes are on this machine; a cluster of Macs meets as it is told to."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "so that it is put back")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Processes()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected

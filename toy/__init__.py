@@ -1,0 +1,1 @@
+"""The embedded default: a task, a tiny model, and the lessons that warm it up. Runs anywhere."""

@@ -1,0 +1,138 @@
+"""The warm start: the short supervised learning that brings the toy policy to where reinforcement
+learning has something to do."""
+
+import ast
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from masking import black_row, choose_patches, mask_patches
+from plumbing.common import generator
+from plumbing.data import Example, encode
+from plumbing.policy import Policy
+from toy.model import new_policy, processor, tokenizer
+from toy.task import FAMILIES, HINT_RIGHT, ask, describe, draw, random_board, respond
+
+CARELESS = 0.5  # how often the last teacher misreads a fact, and writes a random one
+
+
+def lesson(index, questions, carelessness):
+    """One picture of the warm start -> (Example up to the picture, [(question, answer), ...]), the
+    last pair being a description of the picture."""
+    rng = random.Random(f"warm/{index}")
+    board, texts = random_board(rng, False), []
+
+    def careless(truth, possible):
+        return rng.choice(list(possible)) if rng.random() < carelessness else truth
+
+    while len(texts) < questions:
+        question, solve = ask(FAMILIES[(index + len(texts)) % len(FAMILIES)], rng)
+        solved, other = solve(board), solve(random_board(rng, False))
+        if solved and other and solved[1] != other[1]:
+            hint = solved[1] if rng.random() < HINT_RIGHT else other[1]
+            answer = respond(*solve(board, careless))
+            texts.append((f"a friend says {hint} . {question}", answer))
+    texts.append(("describe the picture", describe(board)))
+    return Example(f"warm-{index}", "<image>", "", [draw(board, rng)]), texts
+
+
+def lesson_prompt(index, example, tok, image_processor):
+    """The prompt of a lesson, cut off after its picture; every eighth picture is partly or wholly
+    masked, so that pi_mask is what it is in a large model: a policy that still writes sense, and
+    guesses."""
+    prompt = encode(example, tok, image_processor)
+    end = (prompt.ids == tok.convert_tokens_to_ids("<|vision_end|>")).nonzero().item() + 1
+    prompt.ids = prompt.ids[:end]
+    if index % 8 == 7:
+        ratio = 0.3 + 0.7 * random.Random(f"warm mask/{index}").random()
+        named, unit = generator("warm mask", index), image_processor.merge_size**2
+        chosen = choose_patches(len(prompt.pixels), ratio, named, unit)
+        prompt.pixels = mask_patches(prompt.pixels, chosen, black_row(image_processor))
+    return prompt
+
+
+def warm_start(vlm, tok, image_processor, steps, pictures=16, lr=2e-3):
+    """Supervised learning of chains of thought and dense descriptions, from three teachers in turn.
+
+    The first (3/16 of the steps) only describes pictures: answers alone teach the language prior
+    long before the vision tower learns to see. The second also answers four questions a picture.
+    The third (the last 1/7) does so carelessly, so that the policy knows more than it shows, as a
+    pretrained model does: there is something for RL to bring out.
+
+    Each picture is the shared prompt of a packed row whose "responses" are the questions with their
+    answers, and the description; the loss is on the answers only.
+    """
+    policy = Policy(vlm.train(), torch.zeros(len(tok), dtype=torch.bool))
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    bar, third = tqdm(range(steps), desc="toy warm start", unit="step"), steps * 6 // 7
+    for step in bar:
+        rate = 0.5 * (steps - step) / (steps - third) if step >= third else 1.0
+        for group in optimiser.param_groups:
+            group["lr"] = lr * (min(1.0, (step + 1) / 30) if step < third else rate)
+        questions = 0 if step < steps * 3 // 16 else 4
+        carelessness = CARELESS if step >= third else 0.0
+        prompts, groups, scored = [], [], []
+        for index in range(step * pictures, (step + 1) * pictures):
+            example, texts = lesson(index, questions, carelessness)
+            prompts.append(lesson_prompt(index, example, tok, image_processor))
+            asked = [tok(f"{q} <|im_end|> <|im_start|> assistant")["input_ids"] for q, _ in texts]
+            answered = [tok(f"{a} <|im_end|>")["input_ids"] for _, a in texts]
+            pairs = list(zip(asked, answered))
+            groups.append([torch.tensor(q + a) for q, a in pairs])
+            scored.append([torch.arange(len(q + a)) >= len(q) for q, a in pairs])
+        rows = policy.pack(prompts, groups, scored)
+        loss = -policy(rows, rows.pixels).logp.sum() / rows.scored.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    vlm.eval()
+
+
+def code_of(source):
+    """Python source without what changes nothing: comments, docstrings, white space."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                body[0].value.value = ""
+    return ast.dump(tree)
+
+
+def recipe(steps, config, image_processor):
+    """A name for all that the warm-started policy depends on: the task, the lessons, the model and
+    the libraries that compute it. Comments are not part of it."""
+    import transformers
+
+    here = Path(__file__).parent
+    code = [code_of((here / name).read_text()) for name in ("task.py", "model.py", "lessons.py")]
+    sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
+    everything = [*code, *sizes, steps, torch.__version__, transformers.__version__]
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
+
+
+def build(steps, name="toy"):
+    """The warm-started toy policy as a Hugging Face folder, made once and kept in a cache."""
+    tok, image_processor = tokenizer(), processor(name)
+    vlm = new_policy(tok, name)
+    key = recipe(steps, vlm.config, image_processor)
+    cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
+    folder, making = cache / f"{name}-{key}", cache / f"making-{name}-{key}-{os.getpid()}"
+    if folder.is_dir():
+        return folder
+    warm_start(vlm, tok, image_processor, steps)
+    for part in (vlm, tok, image_processor):
+        part.save_pretrained(making)
+    try:
+        making.rename(folder)
+    except OSError:  # another process was faster; its folder holds the same
+        shutil.rmtree(making)
+    return folder

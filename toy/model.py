@@ -1,0 +1,93 @@
+"""The toy policy before it has learned anything: a tiny real model and its tokenizer.
+
+It is transformers' own class with a small config and a word-level tokenizer, saved in Hugging Face
+format: nothing that loads it can tell that it is a toy.
+"""
+
+import torch
+
+from plumbing.families import TOYS, VISUAL_TOKENS
+from toy.task import CELL, COLOURS, GRID, NAMES, SHAPES
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m.role }} "
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+WORDS = (
+    "user assistant system a friend says . ? : ; , + = < > same none how many are there what "
+    "colour shape is at more or and objects together describe the picture <think> </think> "
+    "\\boxed{ }"
+).split()
+
+
+def tokenizer():
+    """A word-level tokenizer with Qwen's special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    assert set(VISUAL_TOKENS) <= set(SPECIAL)
+    numbers = map(str, range(2 * GRID**2 + 1))
+    words = [*SPECIAL, "<unk>", *WORDS, *COLOURS, *NAMES, *SHAPES, *(s + "s" for s in SHAPES)]
+    vocabulary = {w: i for i, w in enumerate([*words, *numbers])}
+    base = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    base.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with one space
+    return PreTrainedTokenizerFast(
+        tokenizer_object=base,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def new_policy(tok, name="toy", seed=0):
+    """A tiny Qwen2.5-VL, or for toy-qwen3 a tiny Qwen3-VL, with random weights: under a million
+    parameters."""
+    parts = ["image_pad", "video_pad", "vision_start", "vision_end"]
+    ids = {part: tok.convert_tokens_to_ids(f"<|{part}|>") for part in parts}
+    ids = {f"{part.removesuffix('_pad')}_token_id": i for part, i in ids.items()}
+    text = dict(
+        vocab_size=len(tok),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128)
+    kind, config, text, vision = TOYS[name].tiny(text, vision, side=GRID * CELL)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        settings = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        model = kind(settings)
+        for p in model.parameters():  # std 0.02 is for wide models; a narrow one starts too quiet
+            if p.ndim > 1:
+                p.data.normal_(0, 0.06)
+    return model
+
+
+def processor(name="toy"):
+    """The image processor of a toy: Qwen's own, with the patch size and the mean of its family."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    limits = dict(min_pixels=CELL**2, max_pixels=64 * CELL**2)
+    return Qwen2VLImageProcessorPil(**limits, **TOYS[name].toy_processor)
