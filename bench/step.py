@@ -51,7 +51,9 @@ def alone(groups):
     return [
         Group(g.position, g.prompt_tokens, Rollout([t], [lp], [f], [x]), [s], [c], a[None])
         for g in groups
-        for t, lp, f, x, s, c, a in zip(*vars(g.rollout).values(), g.scores, g.counts, g.advantages)
+        for t, lp, f, x, s, c, a in zip(
+            *vars(g.rollout).values(), g.scores, g.counted, g.advantages
+        )
     ]
 
 
