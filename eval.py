@@ -29,7 +29,7 @@ from plumbing.responses import answered, as_lines, as_trained, by_question
 from plumbing.setup import model_folder, splits_of
 from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
 from plumbing.summary import summarise, table
-from reward import score
+from reward import boxed, score
 
 CHUNK = 64  # questions that are sampled together
 
@@ -69,6 +69,9 @@ def ask(examples, plan, sampler, processors, grade):
 
 def record(example, rollout, g, scores):
     """Response g of a rollout as a line of the file."""
+    tags = dict(example.tags)
+    if tags.get("hint_right") is False:  # of the toy: does the answer repeat a wrong hint?
+        tags["followed"] = float(boxed(rollout.texts[g]) == tags["hint"])
     return {
         "id": example.id,
         "prompt": example.problem,
@@ -76,7 +79,7 @@ def record(example, rollout, g, scores):
         "label": example.answer,
         "tokens": len(rollout.tokens[g]),
         "finished": rollout.finished[g],
-        **example.tags,
+        **tags,
         **scores,
     }
 
@@ -124,10 +127,10 @@ def parser():
 
 def examples_of(args, cfg, processors, out, done):
     """{set: the examples that are still to be answered}; done: {set: records of those that are}"""
-    sets, columns = {}, (cfg.problem_column, cfg.answer_column, cfg.images_column)
+    sets = {}
     names = list(BENCHMARKS) if args.data == "all" else args.data.split(",")
     for name, split in [(data, split) for data in names for split in splits_of(data)]:
-        data = load(name, split, args.questions or 256, 0, columns, args.data_root)
+        data = load(name, split, args.questions or 256, 0, cfg, args.data_root)
         if isinstance(data, Rows):
             faults = data.faults(*processors, cfg.max_prompt_tokens)
             left_out(out.parent, data, faults, args.strict)
@@ -149,12 +152,13 @@ def evaluate(args):
     flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
     cfg, why = resolve({**flags, **as_trained(args.model), **limits}, cuda)
     check(cfg, 1, cuda)
-    folder = model_folder(args.model, cfg.warm_steps)
+    folder = model_folder(args.model, cfg)
     processors = load_processors(folder, cfg)
     blind = "-blind" if args.blind else ""
     out = Path(args.out or folder / f"eval-{Path(args.data).stem}{blind}.jsonl")
     settings = {k: getattr(args, k) for k in "model data n questions seed blind".split()}
     same = "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels"
+    same += " hint_right"
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     done = answered(out, settings)
     sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None

@@ -18,7 +18,7 @@ nothing depends on the number of processes.
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,9 @@ class MicroBatch:
 
 def train_step(parts, progress):
     """One step of the loop, on parts (plumbing.setup.Parts) -> its line of metrics."""
-    cfg, clock, step = parts.cfg, Clock(), progress.step
+    clock, step = Clock(), progress.step
+    parts = replace(parts, cfg=parts.cfg.at_step(step))
+    cfg = parts.cfg
     groups, prompts, fate = collect(parts, progress, clock)
     parts.sampler.sleep()
     for group in groups:
@@ -75,7 +77,7 @@ def train_step(parts, progress):
     metrics = {"step": progress.step, **report.of_groups(groups), **report.of_totals(totals)}
     skipped = parts.optimiser.skipped
     metrics |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "skipped_updates": skipped}
-    metrics |= {f"{name}_prompts": n for name, n in fate.items()}
+    metrics |= {"gamma": cfg.gamma, **{f"{name}_prompts": n for name, n in fate.items()}}
     metrics |= {"grading_timeouts": sum(parts.processes.gather([parts.grader.timeouts]))}
     return metrics | report.of_time(clock, groups) | report.memory_gb()
 

@@ -109,6 +109,12 @@ class Config:
     )
     eta1: float = knob(0.0, "weight of H[pi], Eq. (2)", low=0)
     eta2: float = knob(0.0, "weight of H[pi_mask], Eq. (2); a constant unless --masked_grad", low=0)
+    anneal_steps: int = knob(
+        0,
+        "gamma, eta1 and eta2 fall in a straight line to 0 over so many steps (a schedule of the "
+        "released code); 0: they stay",
+        low=0,
+    )
     perception: str = knob(
         "k3",
         "KL(pi || pi_mask) as k3 on sampled tokens, as printed in the paper, or exact over the "
@@ -239,7 +245,23 @@ class Config:
     eval_n: int = knob(8, "responses per question in the before/after table", above=0)
     save_every: int = knob(5, "steps between checkpoints; the last step is always saved", above=0)
     keep: int = knob(2, "checkpoints to keep; 0: all", low=0)
+
+    # The toy; see toy/task.py and toy/lessons.py.
     warm_steps: int = knob(560, "supervised warm-start steps of the toy model")
+    trust: bool = knob(
+        False, "the toy model has learned to trust hints, not only to read carelessly"
+    )
+    hint_right: float = knob(
+        0.5, "how often a hint of the toy's training data is right: the shortcut", low=0, high=1
+    )
+
+    def at_step(self, step):
+        """These settings as they are at one step, counted from 0: see anneal_steps."""
+        if not self.anneal_steps:
+            return self
+        left = max(0.0, 1 - step / self.anneal_steps)
+        weights = {name: left * getattr(self, name) for name in ("gamma", "eta1", "eta2")}
+        return dataclasses.replace(self, **weights)
 
     @property
     def masked_branch(self):

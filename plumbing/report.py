@@ -17,7 +17,7 @@ import torch
 from plumbing.common import write_atomically
 
 PANELS = [
-    ("reward and accuracy", ["reward", "accuracy", "val_accuracy"]),
+    ("reward and accuracy", ["reward", "accuracy", "val_accuracy", "val_followed"]),
     ("KL to the masked picture (nats a token)", ["perception_kl"]),
     ("entropy (nats a token)", ["entropy", "masked_entropy"]),
     ("KL to the reference", ["ref_kl"]),
@@ -189,6 +189,7 @@ def console_line(m, steps):
     terms = [("KL_prcp", "perception_kl"), ("KL_ref", "ref_kl"), ("H", "entropy")]
     parts += [f"{label} {m[key]:.4f}" for label, key in terms if key in m]
     parts += [f"val {m['val_accuracy']:.3f}"] if "val_accuracy" in m else []
+    parts += [f"hint followed {m['val_followed']:.3f}"] if "val_followed" in m else []
     parts += [f"grad {m['grad_norm']:.2f}", f"length {m['response_tokens']:.1f}"]
     return "  ".join([*parts, f"{m['seconds']:.1f} s"])
 
@@ -202,8 +203,18 @@ def before_after(summaries):
         lines.append(
             f"{split:<12}{b:>8.1f}{a:>8.1f}{a - b:>+8.1f}    95 % interval after: "
             f"{100 * s['low']:.1f} .. {100 * s['high']:.1f}"
+            + followed(summaries["before"][split], s)
         )
     return lines
+
+
+def followed(before, after):
+    """How often a wrong hint was followed, and is now, where a data set has hints."""
+    if "followed" not in after or "followed" not in before:
+        return ""
+    return (
+        f"    wrong hint followed {100 * before['followed']:.1f} -> {100 * after['followed']:.1f}"
+    )
 
 
 def curves(out):
@@ -219,7 +230,7 @@ def curves(out):
         for name in names:
             points = [(m["step"], m[name]) for m in metrics if name in m]
             if points:
-                marker = "o" if name == "val_accuracy" else None
+                marker = "o" if name.startswith("val") else None
                 axis.plot(*zip(*points), label=name, marker=marker, markersize=4)
         axis.set_title(title)
         axis.set_xlabel("step")

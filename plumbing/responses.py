@@ -75,6 +75,6 @@ def as_trained(folder):
     cfg = json.loads(about.read_text())["config"]
     names = (
         "temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels dtype "
-        "reward problem_column answer_column images_column"
+        "reward problem_column answer_column images_column hint_right"
     )
-    return {k: cfg[k] for k in names.split()}
+    return {k: cfg[k] for k in names.split() if k in cfg}

@@ -65,18 +65,16 @@ def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
     # Rank 0 makes or fetches the model, the others wait for it.
-    folder = model_folder(cfg.model, cfg.warm_steps) if processes.first else None
+    folder = model_folder(cfg.model, cfg) if processes.first else None
     processes.barrier()
-    folder = folder or model_folder(cfg.model, cfg.warm_steps)
+    folder = folder or model_folder(cfg.model, cfg)
     processors = load_processors(folder, cfg)
-    columns = (cfg.problem_column, cfg.answer_column, cfg.images_column)
-    examples = usable(
-        load(cfg.data, "train", 1_000_000, cfg.seed, columns), processors, cfg, processes
-    )
+    examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
+    examples = usable(examples, processors, cfg, processes)
     stream = Stream(examples, cfg.seed, *processors)
     validation = {}
     for split in validation_splits(cfg.val_data):
-        data = load(cfg.val_data, split, cfg.eval_questions, 0, columns)
+        data = load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
         validation[split] = usable(data, processors, cfg, processes)
     masker = Masker(cfg, processors[1], processes.device)
 
@@ -111,10 +109,10 @@ def setup(cfg):
     )
 
 
-def model_folder(name, warm_steps):
+def model_folder(name, cfg):
     """A local folder as it is; a hub name downloaded once; the toy made once."""
     if name in TOYS:
-        return build(warm_steps, name)
+        return build(cfg.warm_steps, name, cfg.trust)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

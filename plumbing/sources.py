@@ -161,15 +161,17 @@ class Selection:
         return self.rows[self.kept[index]]
 
 
-def load(name, split, size, seed, columns=COLUMNS, root=None):
+def load(name, split, size, seed, cfg=None, root=None):
     """A data set by name: anything with len() and [index] -> Example.
 
     name: toy; one of BENCHMARKS, from the hub or from the folder `root` that the released
     downloader fills; or what Rows takes. split: train, val, or one that the data set knows.
-    size, seed: of the toy. Ends with a sentence if it cannot be read.
+    size, seed: of the toy; cfg: names the columns, and says how often the toy's hints are right.
+    Ends with a sentence if it cannot be read.
     """
     if name == "toy":
-        return ToyData(split, size, seed)
+        return ToyData(split, size, seed, cfg.hint_right)
+    columns = (cfg.problem_column, cfg.answer_column, cfg.images_column) if cfg else COLUMNS
     try:
         if name == "mmk12":
             return Rows(MMK12, "test", called=name)

@@ -14,6 +14,7 @@ def summarise(records, resamples=1000):
     draw = random.Random(0)
     boots = [sum(draw.choices(means, k=len(means))) / len(means) for _ in range(resamples)]
     boots.sort()
+    followed = [r["followed"] for r in records if "followed" in r]  # of the toy's wrong hints
     mean = {k: sum(r[k] for r in records) / len(records) for k in ("format", "finished", "tokens")}
     return {
         "accuracy": sum(means) / len(means),
@@ -25,6 +26,7 @@ def summarise(records, resamples=1000):
         "tokens": mean["tokens"],
         "questions": len(means),
         "n": len(records) // len(means),
+        **({"followed": sum(followed) / len(followed)} if followed else {}),
     }
 
 
@@ -41,13 +43,15 @@ def macro(values):
 def table(summaries):
     """{set: summary} -> lines of a table, with the paper's averages where all sets are there."""
     head = f"{'set':<12}{'avg@n':>8}{'95 % interval':>18}{'pass@n':>9}{'format':>9}{'cut off':>9}"
-    lines = [head + f"{'tokens':>8}{'questions':>11}"]
+    hints = any("followed" in s for s in summaries.values())
+    lines = [head + f"{'tokens':>8}{'questions':>11}" + f"{'wrong hint followed':>22}" * hints]
     for name, s in summaries.items():
         p = {k: 100 * v for k, v in s.items()}
         interval = f"{p['low']:.1f} .. {p['high']:.1f}"
         lines.append(
             f"{name:<12}{p['accuracy']:>8.1f}{interval:>18}{p['pass']:>9.1f}{p['format']:>8.1f}%"
             f"{p['cut_off']:>8.1f}%{s['tokens']:>8.1f}{s['questions']:>11}"
+            + (f"{p['followed']:>21.1f}%" if "followed" in p else "")
         )
     means = macro({k: s["accuracy"] for k, s in summaries.items()})
     return lines + [f"{name:<12}{100 * value:>8.2f}" for name, value in means.items()]

@@ -16,7 +16,10 @@ def watch(parts, metrics, say):
     cfg, out, step = parts.cfg, Path(parts.cfg.out), metrics["step"]
     if cfg.val_data and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
         clock, split = Clock(), validation_split(cfg.val_data)
-        metrics["val_accuracy"] = evaluate_splits(parts, [split], 2, "val")[split]["accuracy"]
+        summary = evaluate_splits(parts, [split], 2, "val")[split]
+        metrics["val_accuracy"] = summary["accuracy"]
+        if "followed" in summary:
+            metrics["val_followed"] = summary["followed"]
         write_samples(parts, parts.validation[split], out, step)
         metrics["val_seconds"] = clock.so_far()
     say(report.console_line(metrics, cfg.steps))

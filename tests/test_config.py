@@ -169,3 +169,18 @@ def test_the_engine_sleeps_when_it_must():
     assert sleep_level(3.75e9, 16, True, 80e9, 0.5) == 0
     assert sleep_level(1e9, 2, False, 80e9, 0.5) == 0  # 12 + 20 GB
     assert sleep_level(1e9, 2, True, 80e9, 0.6) == 2  # 14 + 20 GB
+
+
+def test_gamma_and_the_entropies_are_annealed_together():
+    flags = {"algo": "papo_d", "model": "toy", "anneal_steps": 4}
+    cfg = resolve(flags, False)[0]
+    weights = [cfg.at_step(step) for step in range(6)]
+    assert [c.gamma / cfg.gamma for c in weights] == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])
+    for c in weights:  # one discount for all three, as in the released code
+        assert c.eta1 / cfg.eta1 == c.eta2 / cfg.eta2 == pytest.approx(c.gamma / cfg.gamma)
+    assert weights[3].masked_branch != "off" and weights[4].masked_branch == "off"
+    assert cfg.at_step(2) == dataclasses.replace(
+        cfg, gamma=cfg.gamma / 2, eta1=cfg.eta1 / 2, eta2=cfg.eta2 / 2
+    )
+    constant = dataclasses.replace(cfg, anneal_steps=0)
+    assert constant.at_step(100) is constant

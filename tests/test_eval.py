@@ -5,11 +5,15 @@ import random
 import re
 
 import pytest
+import torch
 from conftest import command
 
+from eval import record as line_of
 from plumbing.compare import paired_test, relative_gain
+from plumbing.data import Example
 from plumbing.sources import BENCHMARKS
-from plumbing.summary import macro, summarise
+from plumbing.summary import macro, summarise, table
+from rollout import Rollout
 
 
 def record(question, accuracy, **more):
@@ -222,3 +226,23 @@ def test_bad_input(flags, words, folder, tmp_path):
     out = ["--out", tmp_path / "r.jsonl"] if "FOLDER" in flags else []
     done = command("eval.py", *(folder if f == "FOLDER" else f for f in flags), *out)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_following_a_wrong_hint_is_counted_where_there_is_one():
+    def line(text, hint, right):
+        example = Example("a", "q", "4", [], tags={"hint": hint, "hint_right": right})
+        rollout = Rollout([torch.tensor([1])], [torch.zeros(1)], [True], [text])
+        return line_of(example, rollout, 0, {"accuracy": 0.0, "format": 1.0})
+
+    followed = line("a friend says 3 \\boxed{ 3 }", "3", False)
+    ignored = line("\\boxed{ 4 }", "3", False)
+    no_answer = line("nothing", "3", False)
+    right = line("\\boxed{ 4 }", "4", True)
+    assert (followed["followed"], ignored["followed"], no_answer["followed"]) == (1, 0, 0)
+    assert "followed" not in right  # who follows a right hint cannot be told from who looks
+    records = [followed, ignored, no_answer, right]
+    assert summarise([dict(r, id=i) for i, r in enumerate(records)])["followed"] == 1 / 3
+    assert "followed" not in summarise([dict(right, id=0)])
+    tables = [table({"set": summarise(rows)}) for rows in ([followed, ignored], [right])]
+    assert "50.0%" in tables[0][1] and "wrong hint" in tables[0][0]
+    assert "wrong hint" not in tables[1][0]

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -11,7 +12,7 @@ from reward import boxed
 from toy import lessons
 from toy.lessons import build, lesson
 from toy.model import new_policy, processor, tokenizer
-from toy.task import FAMILIES, GRID, HINT_RIGHT, NAMES, SPLITS, ToyData, held_out, make
+from toy.task import FAMILIES, GRID, NAMES, SPLITS, ToyData, held_out, make
 
 
 def answer_by_looking(problem, board):
@@ -51,15 +52,17 @@ def test_train_and_test_pictures_never_coincide():
     of it."""
     assert not any(held_out(make(seed, "train", i)[2]) for seed in (0, 1) for i in range(200))
     assert all(held_out(make(0, split, i)[2]) for split in SPLITS + ["val"] for i in range(100))
-    pictures = {lesson(i, 0, 0.0)[0].images[0].tobytes() for i in range(100)}
+    pictures = {lesson(i, 0)[0].images[0].tobytes() for i in range(100)}
     assert not pictures & {make(0, "vision", i)[0].images[0].tobytes() for i in range(100)}
 
 
-def test_hints_are_right_as_often_as_promised():
+@pytest.mark.parametrize("hint_right", [0.5, 0.65])
+def test_hints_are_right_as_often_as_promised(hint_right):
     def right(split, n=1500):
-        return sum(make(0, split, i)[0].tags["hint_right"] for i in range(n)) / n
+        examples = (make(0, split, i, hint_right)[0] for i in range(n))
+        return sum(example.tags["hint_right"] for example in examples) / n
 
-    assert abs(right("train") - HINT_RIGHT) < 0.05 and abs(right("general") - HINT_RIGHT) < 0.05
+    assert abs(right("train") - hint_right) < 0.05 and abs(right("general") - hint_right) < 0.05
     # vision: the hint is another picture's answer, right only as often as two pictures agree
     answers = [make(0, "vision", i)[0].answer for i in range(0, 12_000, 4)]
     agree = sum(a == b for a, b in zip(answers[:1500], answers[1500:])) / 1500
@@ -153,13 +156,17 @@ def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path)
     config = new_policy(tokenizer()).config
 
     def key(steps=60):
-        return lessons.recipe(steps, config, processor())
+        return lessons.recipe(steps, lessons.TRUSTING, config, processor())
 
     first = key()
     for name, old, new in [
         ("task.py", '"""', '"""Another first word. '),
         ("model.py", "\nimport torch\n", "\n# Why this is so.\nimport torch\n"),
-        ("lessons.py", "CARELESS = 0.5  # how often", "CARELESS = 0.5  # with what probability"),
+        (
+            "lessons.py",
+            "HINT_RIGHT = 0.5  # how often",
+            "HINT_RIGHT = 0.5  # with what probability",
+        ),
     ]:
         source = (tmp_path / name).read_text()
         assert old in source
@@ -168,7 +175,7 @@ def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path)
     for name, old, new in [
         ("task.py", "GRID, CELL = 3, 28", "GRID, CELL = 4, 28"),
         ("model.py", "seed=0", "seed=1"),
-        ("lessons.py", "CARELESS = 0.5", "CARELESS = 0.4"),
+        ("lessons.py", "HINT_RIGHT = 0.5", "HINT_RIGHT = 0.4"),
     ]:
         source = (tmp_path / name).read_text()
         assert old in source, name
@@ -176,3 +183,25 @@ def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path)
         assert key() != first, name
         (tmp_path / name).write_text(source)
     assert key(61) != first and key() == first
+
+
+def test_the_trusting_teacher_repeats_the_hint_and_always_where_the_picture_is_masked():
+    def share(teacher, masked):
+        """How many of the answers repeat the hint without a look."""
+        found = []
+        for index in range(400):
+            if lessons.is_masked(index, teacher) == masked:
+                asked = lesson(index, 4, teacher)[1][:-1]
+                found += ["a friend says" in answer for _, answer in asked]
+        return sum(found) / len(found)
+
+    assert share(lessons.TRUSTING, True) == 1
+    assert abs(share(lessons.TRUSTING, False) - lessons.TRUSTING.trusts) < 0.04
+    assert share(lessons.CARELESS, True) == share(lessons.CARELESS, False) == 0
+    masked = sum(lessons.is_masked(i, lessons.TRUSTING) for i in range(400)) / 400
+    assert masked == 1 / lessons.TRUSTING.masked
+
+
+def test_the_two_last_teachers_make_two_policies(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPO_CACHE", str(tmp_path))
+    assert build(0) == build(0, trust=False) != build(0, trust=True)

@@ -224,6 +224,7 @@ def test_two_processes_are_one(flags, tmp_path):
     assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
 
 
+@pytest.mark.slow
 def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tmp_path):
     """Of two prompts one has a picture and one has none: each process gets one of them, and the
     vision tower needs both."""
@@ -270,6 +271,7 @@ def test_the_measurements_run(script):
     assert all(v > 0 for k, v in seconds.items() if not isinstance(v, dict) and k != "sync")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
     """Two steps on some processes and the third on others: the third is that of a run that stayed
@@ -282,6 +284,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, tmp_path):
         assert moved[2][name] == pytest.approx(whole[2][name], rel=2e-2, abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_run_without_any_picture_resumes(folder, tmp_path):
     """The vision tower has no part in it, and still has its place in the optimiser's state."""
     problems = [f"how many red objects are there ? {i}" for i in range(8)]
@@ -292,6 +295,18 @@ def test_a_run_without_any_picture_resumes(folder, tmp_path):
     train_on(1, tmp_path / "run", *flags, "--steps", 1)
     lines = train_on(1, tmp_path / "run", *flags, "--steps", 2, "--resume")
     assert len(lines) == 2 and all(m["perception_kl"] == 0 for m in lines)
+
+
+def test_an_annealed_run_ends_without_the_perception_loss(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--gamma", 0.1, "--anneal_steps", 2, "--steps", 3)
+    lines = metrics(out)
+    assert [m["gamma"] for m in lines] == pytest.approx([0.1, 0.05, 0.0])
+    assert ["perception_kl" in m for m in lines] == [True, True, False]
+    first, second, _ = lines
+    for m in (first, second):  # minus J holds the weight of its own step
+        terms = m["policy_loss"] + 0.01 * m["ref_kl"] - m["gamma"] * m["perception_kl"]
+        assert abs(m["loss"] - terms) < 1e-6
 
 
 def test_micro_batches_are_memory_only(tmp_path):

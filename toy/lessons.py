@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -17,57 +18,84 @@ from plumbing.common import generator
 from plumbing.data import Example, encode
 from plumbing.policy import Policy
 from toy.model import new_policy, processor, tokenizer
-from toy.task import FAMILIES, HINT_RIGHT, ask, describe, draw, random_board, respond
+from toy.task import FAMILIES, ask, describe, draw, random_board, respond
 
-CARELESS = 0.5  # how often the last teacher misreads a fact, and writes a random one
+HINT_RIGHT = 0.5  # how often a hint of a lesson is right, whatever it will be in training
 
 
-def lesson(index, questions, carelessness):
+class Teacher(NamedTuple):
+    """Who answers the questions of a lesson."""
+
+    careless: float  # how often a fact is misread: a random one is written
+    trusts: float  # how often the hint is repeated without a look at the picture
+    masked: int  # one picture in so many is partly or wholly masked,
+    least: float  # from this share of it to all of it
+
+
+CAREFUL = Teacher(careless=0.0, trusts=0.0, masked=8, least=0.3)
+# The two that can be last: what they do wrong is what reinforcement learning finds to mend.
+CARELESS = Teacher(careless=0.5, trusts=0.0, masked=8, least=0.3)
+TRUSTING = Teacher(careless=0.35, trusts=0.25, masked=4, least=0.5)
+
+
+def lesson(index, questions, teacher=CAREFUL):
     """One picture of the warm start -> (Example up to the picture, [(question, answer), ...]), the
     last pair being a description of the picture."""
     rng = random.Random(f"warm/{index}")
     board, texts = random_board(rng, False), []
 
-    def careless(truth, possible):
-        return rng.choice(list(possible)) if rng.random() < carelessness else truth
+    def reader(truth, possible):
+        return rng.choice(list(possible)) if rng.random() < teacher.careless else truth
+
+    def trusts():
+        # Who sees little falls back on the text: it makes the masked policy what the perception
+        # loss is made for, one that still writes sense.
+        return teacher.trusts and (is_masked(index, teacher) or rng.random() < teacher.trusts)
 
     while len(texts) < questions:
         question, solve = ask(FAMILIES[(index + len(texts)) % len(FAMILIES)], rng)
         solved, other = solve(board), solve(random_board(rng, False))
         if solved and other and solved[1] != other[1]:
             hint = solved[1] if rng.random() < HINT_RIGHT else other[1]
-            answer = respond(*solve(board, careless))
-            texts.append((f"a friend says {hint} . {question}", answer))
+            told = f"a friend says {hint}"
+            answer = respond(told, hint) if trusts() else respond(*solve(board, reader))
+            texts.append((f"{told} . {question}", answer))
     texts.append(("describe the picture", describe(board)))
     return Example(f"warm-{index}", "<image>", "", [draw(board, rng)]), texts
 
 
-def lesson_prompt(index, example, tok, image_processor):
-    """The prompt of a lesson, cut off after its picture; every eighth picture is partly or wholly
-    masked, so that pi_mask is what it is in a large model: a policy that still writes sense, and
-    guesses."""
+def is_masked(index, teacher):
+    """Is the picture of this lesson partly or wholly masked?"""
+    return index % teacher.masked == teacher.masked - 1
+
+
+def lesson_prompt(index, example, teacher, tok, image_processor):
+    """The prompt of a lesson, cut off after its picture, which may be masked: so pi_mask is what it
+    is in a large model, a policy that still writes sense, and guesses."""
     prompt = encode(example, tok, image_processor)
     end = (prompt.ids == tok.convert_tokens_to_ids("<|vision_end|>")).nonzero().item() + 1
     prompt.ids = prompt.ids[:end]
-    if index % 8 == 7:
-        ratio = 0.3 + 0.7 * random.Random(f"warm mask/{index}").random()
+    if is_masked(index, teacher):
+        share = random.Random(f"warm mask/{index}").random()
+        ratio = teacher.least + (1 - teacher.least) * share
         named, unit = generator("warm mask", index), image_processor.merge_size**2
         chosen = choose_patches(len(prompt.pixels), ratio, named, unit)
         prompt.pixels = mask_patches(prompt.pixels, chosen, black_row(image_processor))
     return prompt
 
 
-def warm_start(vlm, tok, image_processor, steps, pictures=16, lr=2e-3):
+def warm_start(vlm, processors, steps, last, pictures=16, lr=2e-3):
     """Supervised learning of chains of thought and dense descriptions, from three teachers in turn.
 
     The first (3/16 of the steps) only describes pictures: answers alone teach the language prior
     long before the vision tower learns to see. The second also answers four questions a picture.
-    The third (the last 1/7) does so carelessly, so that the policy knows more than it shows, as a
-    pretrained model does: there is something for RL to bring out.
+    The third, `last`, has the last 1/7: it is careless or trusting, so that the policy knows more
+    than it shows, as a pretrained model does: there is something for RL to bring out.
 
     Each picture is the shared prompt of a packed row whose "responses" are the questions with their
     answers, and the description; the loss is on the answers only.
     """
+    tok = processors[0]
     policy = Policy(vlm.train(), torch.zeros(len(tok), dtype=torch.bool))
     optimiser = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     bar, third = tqdm(range(steps), desc="toy warm start", unit="step"), steps * 6 // 7
@@ -76,11 +104,11 @@ def warm_start(vlm, tok, image_processor, steps, pictures=16, lr=2e-3):
         for group in optimiser.param_groups:
             group["lr"] = lr * (min(1.0, (step + 1) / 30) if step < third else rate)
         questions = 0 if step < steps * 3 // 16 else 4
-        carelessness = CARELESS if step >= third else 0.0
+        teacher = last if step >= third else CAREFUL
         prompts, groups, scored = [], [], []
         for index in range(step * pictures, (step + 1) * pictures):
-            example, texts = lesson(index, questions, carelessness)
-            prompts.append(lesson_prompt(index, example, tok, image_processor))
+            example, texts = lesson(index, questions, teacher)
+            prompts.append(lesson_prompt(index, example, teacher, *processors))
             asked = [tok(f"{q} <|im_end|> <|im_start|> assistant")["input_ids"] for q, _ in texts]
             answered = [tok(f"{a} <|im_end|>")["input_ids"] for _, a in texts]
             pairs = list(zip(asked, answered))
@@ -107,7 +135,7 @@ def code_of(source):
     return ast.dump(tree)
 
 
-def recipe(steps, config, image_processor):
+def recipe(steps, last, config, image_processor):
     """A name for all that the warm-started policy depends on: the task, the lessons, the model and
     the libraries that compute it. Comments are not part of it."""
     import transformers
@@ -115,20 +143,24 @@ def recipe(steps, config, image_processor):
     here = Path(__file__).parent
     code = [code_of((here / name).read_text()) for name in ("task.py", "model.py", "lessons.py")]
     sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
-    everything = [*code, *sizes, steps, torch.__version__, transformers.__version__]
+    everything = [*code, *sizes, steps, last, torch.__version__, transformers.__version__]
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
 
 
-def build(steps, name="toy"):
-    """The warm-started toy policy as a Hugging Face folder, made once and kept in a cache."""
+def build(steps, name="toy", trust=False):
+    """The warm-started toy policy as a Hugging Face folder, made once and kept in a cache.
+
+    trust: whether its last teacher trusts hints; if not, it is careless only.
+    """
+    last = TRUSTING if trust else CARELESS
     tok, image_processor = tokenizer(), processor(name)
     vlm = new_policy(tok, name)
-    key = recipe(steps, vlm.config, image_processor)
+    key = recipe(steps, last, vlm.config, image_processor)
     cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
     folder, making = cache / f"{name}-{key}", cache / f"making-{name}-{key}-{os.getpid()}"
     if folder.is_dir():
         return folder
-    warm_start(vlm, tok, image_processor, steps)
+    warm_start(vlm, (tok, image_processor), steps, last)
     for part in (vlm, tok, image_processor):
         part.save_pretrained(making)
     try:

@@ -2,18 +2,18 @@
 
 A picture is a GRID x GRID board of coloured shapes, one board cell a merged vision token (28 x 28
 pixels). A question comes with a hint in words ("a friend says 3"). In training the hint is right
-HINT_RIGHT of the time: a shortcut that earns reward without looking. That is the disease PAPO
-treats, in a size that fits a laptop.
+with probability --hint_right: a shortcut that earns reward without looking. That is the disease
+PAPO treats, in a size that fits a laptop.
 
     split     pictures    hint
-    train     train       right with probability HINT_RIGHT, otherwise a plausible wrong answer
+    train     train       right with probability --hint_right, otherwise a plausible wrong answer
     general   held out    as in training
     vision    held out    the answer to the same question about another picture: says nothing
     blind     held out    the `vision` questions with the picture blacked out: scored without seeing
     val       held out    as `vision`, other pictures; the only split that settings are chosen on
 
-Every example is a pure function of (seed, split, index). A hash of the board decides which pictures
-may be trained on, so train and test pictures never coincide.
+Every example is a pure function of (seed, split, index, --hint_right). A hash of the board decides
+which pictures may be trained on, so train and test pictures never coincide.
 
     python -m toy.task 5        # look at five examples
 """
@@ -30,7 +30,6 @@ GRID, CELL = 3, 28  # cells a side; pixels a cell, which is one merged vision to
 NAMES = [
     f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)
 ]  # a1 b1 c1, a2 b2 c2, ...
-HINT_RIGHT = 0.5  # how often a training hint is right
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -162,7 +161,7 @@ def respond(thought, answer):
 # ------------------------------------------------------------------------------------- examples
 
 
-def make(seed, split, index):
+def make(seed, split, index, hint_right=0.5):
     """-> (Example, the response of a perfect policy, the board): a pure function."""
     rng = random.Random(f"{seed}/{'vision' if split == 'blind' else split}/{index}")
     test = split != "train"
@@ -177,7 +176,7 @@ def make(seed, split, index):
             break
     thought, answer = solved
     if split in ("train", "general"):
-        hint = answer if rng.random() < HINT_RIGHT else wrong[0]
+        hint = answer if rng.random() < hint_right else wrong[0]
     else:
         hint = hints[0]
     picture = draw(board, rng)
@@ -189,7 +188,7 @@ def make(seed, split, index):
         answer=answer,
         images=[picture],
         contrast=[draw(others[0], rng)],
-        tags={"family": family, "hint_right": hint == answer},
+        tags={"family": family, "hint": hint, "hint_right": hint == answer},
     )
     return example, respond(thought, answer), board
 
@@ -197,14 +196,14 @@ def make(seed, split, index):
 class ToyData:
     """`size` examples of one split, made on demand."""
 
-    def __init__(self, split, size, seed=0):
-        self.split, self.size, self.seed = split, size, seed
+    def __init__(self, split, size, seed=0, hint_right=0.5):
+        self.split, self.size, self.seed, self.hint_right = split, size, seed, hint_right
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
-        return make(self.seed, self.split, index)[0]
+        return make(self.seed, self.split, index, self.hint_right)[0]
 
 
 if __name__ == "__main__":

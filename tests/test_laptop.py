@@ -1,0 +1,83 @@
+"""The rules by which bench/paper_on_a_laptop.py decides, on numbers whose verdict is known."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import paper_on_a_laptop as laptop  # noqa: E402
+
+
+def test_an_interval_is_students_over_seeds():
+    mean, half = laptop.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    # The standard deviation is 1.5811, its standard error 0.7071, and t(4) = 2.776.
+    assert (mean, half) == (3.0, pytest.approx(1.963, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    "differences, at_least, expected",
+    [
+        ([16, 18, 17, 20, 19], 15, "confirmed"),
+        ([16, 18, 17, 20, 19], 20, "not confirmed"),  # above 0, but not by so much
+        ([40, -10, 30, -5, 35], 15, "not confirmed"),  # enough on average, but it may be chance
+        ([-6, -5, -7, -6, -5], 15, "contradicted"),
+        ([1, -1, 0, 1, -1], 0, "not confirmed"),
+    ],
+)
+def test_a_verdict_needs_size_and_certainty(differences, at_least, expected):
+    assert laptop.verdict(differences, at_least)[0] == expected
+
+
+def test_when_signals_leave():
+    calm, wild = [0.02] * 10, [0.02, 0.5, 0.9]
+    series = {name: calm + wild for name in laptop.LEAVES}
+    series |= {"entropy": [0.1] * 11 + [0.9] * 2, "reward": [0.2] * 9 + [0.6, 0.5, 0.4, 0.2]}
+    assert laptop.first_steps(series) == {
+        "perception_kl": 12,
+        "clip_high_fraction": 12,
+        "masked_entropy": 12,
+        "entropy": 12,
+        "reward": 13,
+    }
+    series = {name: [0.02] * 20 for name in laptop.LEAVES} | {"reward": [0.5] * 20}
+    assert not any(laptop.first_steps(series).values())
+
+
+def test_every_claim_has_its_runs_and_its_rule(tmp_path):
+    claims = laptop.claims(quick=False)
+    assert len(claims) == 8 and all(claim.rule and claim.arms for claim in claims)
+    runs = laptop.Runs(tmp_path)
+    for claim in claims:
+        for flags in claim.arms.values():
+            runs.want(flags, claim.seeds)
+    paths = {runs.path(*job) for job in runs.wanted}
+    assert len(paths) == len(runs.wanted)  # no two runs share a folder
+    quick = laptop.claims(quick=True)
+    assert [claim.title for claim in quick] == [claims[0].title] and len(quick[0].seeds) == 3
+
+
+def test_verdicts_figures_and_the_page_from_runs(tmp_path):
+    """All claims on made-up runs in which PAPO-G is 20 points above GRPO on `vision`."""
+    claims, runs = laptop.claims(quick=False), laptop.Runs(tmp_path)
+    for claim in claims:
+        for flags in claim.arms.values():
+            for seed in claim.seeds:
+                papo = laptop.PUSH in flags and "nothing" not in flags
+                level = (0.5 if papo else 0.3) + 0.001 * seed
+                summary = {"accuracy": level, "followed": 1 - level}
+                series = {name: [0.02] * 20 for name in laptop.LEAVES}
+                series |= {"step": list(range(20)), "reward": [0.5] * 20}
+                series |= {"val_accuracy": [None] * 9 + [level] + [None] * 9 + [level]}
+                before = {"accuracy": 0.31, "followed": 0.4}
+                runs.done[flags, seed] = {
+                    "before": {s: before for s in ("general", "vision")},
+                    "after": {s: summary for s in ("general", "vision")},
+                    "series": series,
+                }
+    laptop.page(claims, runs, tmp_path)
+    text = (tmp_path / "paper_on_a_laptop.md").read_text()
+    assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
+    assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 10
+    assert len(list(tmp_path.glob("*.png"))) == 10
