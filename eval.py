@@ -157,8 +157,10 @@ def evaluate(args):
     blind = "-blind" if args.blind else ""
     out = Path(args.out or folder / f"eval-{Path(args.data).stem}{blind}.jsonl")
     settings = {k: getattr(args, k) for k in "model data n questions seed blind".split()}
-    same = "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels"
-    same += " hint_right"
+    same = (
+        "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels "
+        "hint_right"
+    )
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     done = answered(out, settings)
     sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None

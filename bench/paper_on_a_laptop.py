@@ -31,6 +31,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plumbing.common import pyplot  # noqa: E402
+from plumbing.report import read_metrics  # noqa: E402
+
 SEEDS = [1, 2, 3, 4, 5]
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, by number of seeds
 # The toy with a shortcut that pays, and how hard PAPO pushes there. Both are chosen on `val` with
@@ -109,7 +114,7 @@ class Runs:
         """What a run left, as it goes into the results."""
         out = self.path(flags, seed)
         about = json.loads((out / "config.json").read_text())
-        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_metrics(out)
         evaluation = json.loads((out / "evaluation.json").read_text())
         series = (
             "step reward accuracy perception_kl entropy masked_entropy clip_high_fraction "
@@ -374,11 +379,7 @@ RATIOS = [0.2, 0.4, 0.6, 0.8, 1.0]
 
 def figure(number, claim, runs, folder):
     """Accuracy after training by arm, a dot a seed with mean and interval -> file name"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     width = max(5, 1.2 + 0.75 * len(claim.arms) * len(claim.splits))
     picture, axis = plt.subplots(figsize=(width, 3.6), constrained_layout=True)
     for s, split in enumerate(claim.splits):
@@ -402,11 +403,7 @@ def figure(number, claim, runs, folder):
 
 def curves(number, claim, runs, folder):
     """For the claims about what happens on the way: the signals of the first seed, step by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     names = ["reward", "val_accuracy", "perception_kl", "entropy", "masked_entropy"]
     picture, axes = plt.subplots(1, len(names), figsize=(15, 2.8), constrained_layout=True)
     for axis, name in zip(axes, names):

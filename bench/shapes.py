@@ -14,7 +14,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.data import Example, encode  # noqa: E402
-from toy.model import new_policy, tokenizer  # noqa: E402
+from plumbing.families import image_processor_class  # noqa: E402
+from toy.model import new_policy, tokenizer, visual_token_ids  # noqa: E402
 
 # The published configurations (huggingface.co/Qwen/<name>/config.json): language model, vision
 # tower.
@@ -59,7 +60,6 @@ ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_0
 def build(shape, folder, device="cpu"):
     """Write the model folder, unless it is there already -> the folder."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -69,9 +69,6 @@ def build(shape, folder, device="cpu"):
         vlm = new_policy(tok)
     else:
         text, vision = SHAPES[shape]
-        parts = ["image_pad", "video_pad", "vision_start", "vision_end"]
-        ids = {part: tok.convert_tokens_to_ids(f"<|{part}|>") for part in parts}
-        ids = {f"{part.removesuffix('_pad')}_token_id": i for part, i in ids.items()}
         config = Qwen2_5_VLConfig(
             text_config={
                 **text,
@@ -83,7 +80,7 @@ def build(shape, folder, device="cpu"):
             },
             vision_config={**TOWER, **vision},
             tie_word_embeddings=text["tie_word_embeddings"],
-            **ids,
+            **visual_token_ids(tok),
         )
         with torch.device(device):
             torch.set_default_dtype(torch.bfloat16)
@@ -91,7 +88,8 @@ def build(shape, folder, device="cpu"):
             torch.set_default_dtype(torch.float32)
     vlm.save_pretrained(folder)
     tok.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1280 * 28 * 28).save_pretrained(folder)
+    limits = dict(min_pixels=28 * 28, max_pixels=1280 * 28 * 28)
+    image_processor_class()(**limits).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from plumbing.common import pyplot  # noqa: E402
+
 GROUPS, SIDES = [2, 4, 8, 16], [56, 112, 168, 224]
 
 
@@ -30,11 +34,7 @@ def measure(**flags):
 
 def main():
     """Measure, keep, draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     runs = {
         "G, responses per prompt": [measure(group=g) for g in GROUPS],
         "picture (tokens of the prompt)": [measure(pixels=s * s) for s in SIDES],

@@ -52,6 +52,16 @@ def write_atomically(path, text):
     beside.rename(path)
 
 
+def pyplot():
+    """matplotlib's pyplot, for pictures that go into files; imported when one is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 class Clock:
     """Seconds by phase: `with clock("update"): ...` adds to clock.seconds["update"]."""
 

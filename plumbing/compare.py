@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.common import fail, write_atomically
+from plumbing.common import fail, pyplot, write_atomically
 from plumbing.grader import Grader
 from plumbing.responses import as_lines, by_question, read
 from plumbing.summary import macro, summarise, table
@@ -32,9 +32,8 @@ def paired_test(a, b, resamples=10_000):
     d = torch.tensor([b[q] - a[q] for q in shared], dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     boots, flips, step = [], [], max(1, 2_000_000 // len(d))
-    for start in range(
-        0, resamples, step
-    ):  # a slice at a time: (resamples, questions) may be large
+    # A slice at a time: (resamples, questions) may be large.
+    for start in range(0, resamples, step):
         k = min(step, resamples - start)
         boots.append(d[torch.randint(len(d), (k, len(d)), generator=g)].mean(1))
         flips.append((d * (2.0 * torch.randint(2, (k, len(d)), generator=g) - 1)).mean(1))
@@ -89,11 +88,7 @@ def averages(before, after):
 
 def bars(sets, means, names, chart):
     """Two bars a set, into the file `chart`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     size = (max(4, 1.2 * len(sets)), 3.5)
     figure, axis = plt.subplots(figsize=size, constrained_layout=True)
     for k, name in enumerate(names):

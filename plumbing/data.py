@@ -84,22 +84,29 @@ def encode(example, tok, image_processor):
     return Prompt(example, ids, pixels, grid)
 
 
+def readable(read, items):
+    """Yield (item, read(item)) of those that can be read; the others are named on the console."""
+    for item in items:
+        try:
+            yield item, read(item)
+        except ValueError as error:
+            tqdm.write(f"warning: left out: {error}")
+
+
 def encode_all(examples, tok, image_processor, blind=False):
     """[Example] -> [Prompt] of those that can be read; the others are named on the console.
 
     blind: every picture is black.
     """
-    prompts = []
-    for example in examples:
-        try:
-            prompt = encode(example, tok, image_processor)
-            if blind:
-                black = [Image.new("RGB", rgb(p).size) for p in example.images]
-                prompt = encode(replace(example, images=black), tok, image_processor)
-            prompts.append(prompt)
-        except ValueError as error:
-            tqdm.write(f"warning: left out: {error}")
-    return prompts
+
+    def read(example):
+        prompt = encode(example, tok, image_processor)
+        if not blind:
+            return prompt
+        black = [Image.new("RGB", rgb(p).size) for p in example.images]
+        return encode(replace(example, images=black), tok, image_processor)
+
+    return [prompt for _, prompt in readable(read, examples)]
 
 
 class Stream:
@@ -123,10 +130,4 @@ class Stream:
 
     def read(self, positions):
         """{position: Prompt} of those that can be read; the others are named on the console."""
-        prompts = {}
-        for position in positions:
-            try:
-                prompts[position] = self[position]
-            except ValueError as error:
-                tqdm.write(f"warning: left out: {error}")
-        return prompts
+        return dict(readable(self.__getitem__, positions))

@@ -28,13 +28,17 @@ IMAGE_TOKEN = "<|image_pad|>"
 VISUAL_TOKENS = [IMAGE_TOKEN, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
-def load_image_processor(folder, min_pixels, max_pixels):
-    """The image processor of a model folder with the run's limits. Raises OSError or ValueError."""
+def image_processor_class():
+    """The class of both families' image processors; this one needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil.from_pretrained(
-        folder, min_pixels=min_pixels, max_pixels=max_pixels
-    )
+    return Qwen2VLImageProcessorPil
+
+
+def load_image_processor(folder, min_pixels, max_pixels):
+    """The image processor of a model folder with the run's limits. Raises OSError or ValueError."""
+    load = image_processor_class().from_pretrained
+    return load(folder, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def encode_pictures(pictures, image_processor):

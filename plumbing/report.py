@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing.common import write_atomically
+from plumbing.common import pyplot, write_atomically
 
 PANELS = [
     ("reward and accuracy", ["reward", "accuracy", "val_accuracy", "val_followed"]),
@@ -219,11 +219,7 @@ def followed(before, after):
 
 def curves(out):
     """Draw metrics.jsonl as curves.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     metrics = read_metrics(out)
     figure, axes = plt.subplots(2, 4, figsize=(18, 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, PANELS):

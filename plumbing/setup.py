@@ -79,10 +79,10 @@ def setup(cfg):
     masker = Masker(cfg, processors[1], processes.device)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
-    policy = new_policy(folder, banned, cfg, processes)
+    policy = load_policy(folder, banned, cfg, processes)
     reference = None
     if cfg.beta > 0:
-        reference = new_policy(folder, banned, cfg, processes).requires_grad_(False)
+        reference = load_policy(folder, banned, cfg, processes).requires_grad_(False)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm = policy.vlm
@@ -124,7 +124,7 @@ def model_folder(name, cfg):
         fail(f"model {name!r} is neither a folder here nor reachable on the hub ({kind})")
 
 
-def new_policy(folder, banned, cfg, processes):
+def load_policy(folder, banned, cfg, processes):
     """The policy of a model folder: sharded over the processes, or whole in the only one."""
     if processes.sharded:
         return sharded_policy(folder, banned, cfg, processes.device)

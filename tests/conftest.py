@@ -29,11 +29,11 @@ SMALL = (
 both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="session")
 
 
-def command(script, *flags, **kwargs):
+def command(script, *flags, cwd=ROOT, **kwargs):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
     return subprocess.run(
         [sys.executable, script, *map(str, flags)],
-        cwd=ROOT,
+        cwd=cwd,
         text=True,
         capture_output=True,
         timeout=300,

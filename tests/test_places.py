@@ -4,11 +4,10 @@ checkout that cannot be written to, and on a platform without what only Linux ha
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, command
 
 from plumbing.processes import Processes
 
@@ -19,8 +18,7 @@ def copy_of_the_project(folder):
 
 
 def call(script, *flags, **kwargs):
-    line = [sys.executable, script, *map(str, flags)]
-    done = subprocess.run(line, text=True, capture_output=True, timeout=300, **kwargs)
+    done = command(script, *flags, **kwargs)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -6,7 +6,7 @@ format: nothing that loads it can tell that it is a toy.
 
 import torch
 
-from plumbing.families import TOYS, VISUAL_TOKENS
+from plumbing.families import TOYS, VISUAL_TOKENS, image_processor_class
 from toy.task import CELL, COLOURS, GRID, NAMES, SHAPES
 
 CHAT_TEMPLATE = (
@@ -54,12 +54,16 @@ def tokenizer():
     )
 
 
+def visual_token_ids(tok):
+    """{setting of a Qwen-VL config: id} of the tokens that stand for pictures and their ends."""
+    names = [token.strip("<|>") for token in VISUAL_TOKENS]
+    ids = dict(zip(names, tok.convert_tokens_to_ids(VISUAL_TOKENS)))
+    return {f"{name.removesuffix('_pad')}_token_id": i for name, i in ids.items()}
+
+
 def new_policy(tok, name="toy", seed=0):
     """A tiny Qwen2.5-VL, or for toy-qwen3 a tiny Qwen3-VL, with random weights: under a million
     parameters."""
-    parts = ["image_pad", "video_pad", "vision_start", "vision_end"]
-    ids = {part: tok.convert_tokens_to_ids(f"<|{part}|>") for part in parts}
-    ids = {f"{part.removesuffix('_pad')}_token_id": i for part, i in ids.items()}
     text = dict(
         vocab_size=len(tok),
         hidden_size=128,
@@ -77,7 +81,8 @@ def new_policy(tok, name="toy", seed=0):
     kind, config, text, vision = TOYS[name].tiny(text, vision, side=GRID * CELL)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        settings = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        sizes = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        settings = config(**sizes, **visual_token_ids(tok))
         model = kind(settings)
         for p in model.parameters():  # std 0.02 is for wide models; a narrow one starts too quiet
             if p.ndim > 1:
@@ -87,7 +92,5 @@ def new_policy(tok, name="toy", seed=0):
 
 def processor(name="toy"):
     """The image processor of a toy: Qwen's own, with the patch size and the mean of its family."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     limits = dict(min_pixels=CELL**2, max_pixels=64 * CELL**2)
-    return Qwen2VLImageProcessorPil(**limits, **TOYS[name].toy_processor)
+    return image_processor_class()(**limits, **TOYS[name].toy_processor)
