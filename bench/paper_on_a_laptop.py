@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plumbing.common import pyplot  # noqa: E402
-from plumbing.report import read_metrics  # noqa: E402
+from plumbing.report import left_at, read_metrics  # noqa: E402
 
 SEEDS = [1, 2, 3, 4, 5]
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, by number of seeds
@@ -129,6 +129,7 @@ class Runs:
             "config": about["config"],
             "seconds": round(sum(m["seconds"] + m.get("val_seconds", 0) for m in metrics)),
             **{when: evaluation[when] for when in ("before", "after")},
+            "left": left_at(metrics),
             "series": {k: v for k, v in digits.items() if any(x is not None for x in v)},
         }
 
@@ -191,32 +192,6 @@ def better(a, b, at_least):
     return judge
 
 
-# A signal has left when it is past its factor times its median over the first steps (and past its
-# floor, in its own unit); reward has left when it is below half of its best so far.
-LEAVES = {
-    "perception_kl": (4, 0.1),
-    "clip_high_fraction": (4, 0.01),
-    "masked_entropy": (3, 0.3),
-    "entropy": (3, 0.3),
-}
-
-
-def first_steps(series, early=10):
-    """{signal: the step at which it left, or None}"""
-    left = {}
-    for name, (factor, floor) in LEAVES.items():
-        values = series[name]
-        bound = max(factor * statistics.median(values[:early]), floor)
-        left[name] = next((i + 1 for i, v in enumerate(values) if i >= early and v > bound), None)
-    reward, best = series["reward"], 0.0
-    for i, value in enumerate(reward):
-        best = max(best, value)
-        if value < best / 2:
-            left["reward"] = i + 1
-            break
-    return left
-
-
 def collapses(runs, claim):
     """A gamma that is too large ends below the warm start; and the order in which signals leave."""
     flags = claim.arms["too large"]
@@ -226,8 +201,7 @@ def collapses(runs, claim):
     ]
     found = [("falls below the warm start", *verdict([-x for x in change]))]
     for seed in claim.seeds:
-        left = first_steps(runs.done[flags, seed]["series"])
-        order = sorted((step, name) for name, step in left.items() if step)
+        order = sorted((step, name) for name, step in runs.done[flags, seed]["left"].items())
         said = ", ".join(f"{name} {step}" for step, name in order) or "none"
         found.append((f"signals leave at step, seed {seed}", "", said))
     return found

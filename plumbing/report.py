@@ -151,24 +151,28 @@ SIGNS_OF_COLLAPSE = [
 ]
 
 
-def collapse_warnings(metrics, recent=3, before=50, least=10):
+def away(metrics, name, factor, floor, recent=3, before=50, least=10):
+    """Has a signal left, by the newest of these lines? -> (bool, its mean now, its median before)
+
+    It is compared as the mean of its last `recent` steps with the median of up to `before` steps
+    ahead of those, of which there must be `least`.
+    """
+    values = [m[name] for m in metrics if name in m]
+    past, now = values[-before - recent : -recent], sum(values[-recent:]) / recent
+    usual = statistics.median(past) if len(past) >= least else math.inf
+    return now > max(factor * usual, floor), now, usual
+
+
+def collapse_warnings(metrics):
     """Lines of metrics so far -> warnings about the newest step, [] while all is well.
 
-    A signal is compared as the mean of its last `recent` steps with the median of up to `before`
-    steps ahead of those. A warning is given when it leaves, and not again while it stays away:
-    nothing is remembered, so it is the same after a resume.
+    A warning is given when a signal leaves, and not again while it stays away: nothing is
+    remembered, so it is the same after a resume.
     """
-
-    def away(name, factor, floor, end):
-        values = [m[name] for m in metrics[:end] if name in m]
-        past, now = values[-before - recent : -recent], sum(values[-recent:]) / recent
-        usual = statistics.median(past) if len(past) >= least else math.inf
-        return now > max(factor * usual, floor), now, usual
-
-    lines, ends = [], (len(metrics), len(metrics) - 1)
+    lines = []
     for sign in SIGNS_OF_COLLAPSE:
-        (is_away, now, usual), (was_away, _, _) = (away(*sign, end) for end in ends)
-        if is_away and not was_away:
+        is_away, now, usual = away(metrics, *sign)
+        if is_away and not away(metrics[:-1], *sign)[0]:
             times = now / usual if usual else math.inf
             lines.append(
                 f"warning: {sign[0]} is {now:.4g}, {times:.1f} times its running median "
@@ -177,6 +181,19 @@ def collapse_warnings(metrics, recent=3, before=50, least=10):
                 "with --eta1 and --eta2 at 0.03 to 0.05"
             )
     return lines
+
+
+def left_at(metrics):
+    """Lines of a whole run -> {signal: the first step at which it had left}; one that stayed is not
+    in it. The reward has left when it is below half of its best so far."""
+    left, best = {}, 0.0
+    for i, line in enumerate(metrics):
+        gone = [sign[0] for sign in SIGNS_OF_COLLAPSE if away(metrics[: i + 1], *sign)[0]]
+        best = max(best, line["reward"])
+        gone += ["reward"] if line["reward"] < best / 2 else []
+        for name in gone:
+            left.setdefault(name, line["step"])
+    return left
 
 
 # --------------------------------------------------------------------------- lines and curves

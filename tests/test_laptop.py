@@ -30,21 +30,6 @@ def test_a_verdict_needs_size_and_certainty(differences, at_least, expected):
     assert laptop.verdict(differences, at_least)[0] == expected
 
 
-def test_when_signals_leave():
-    calm, wild = [0.02] * 10, [0.02, 0.5, 0.9]
-    series = {name: calm + wild for name in laptop.LEAVES}
-    series |= {"entropy": [0.1] * 11 + [0.9] * 2, "reward": [0.2] * 9 + [0.6, 0.5, 0.4, 0.2]}
-    assert laptop.first_steps(series) == {
-        "perception_kl": 12,
-        "clip_high_fraction": 12,
-        "masked_entropy": 12,
-        "entropy": 12,
-        "reward": 13,
-    }
-    series = {name: [0.02] * 20 for name in laptop.LEAVES} | {"reward": [0.5] * 20}
-    assert not any(laptop.first_steps(series).values())
-
-
 def test_every_claim_has_its_runs_and_its_rule(tmp_path):
     claims = laptop.claims(quick=False)
     assert len(claims) == 8 and all(claim.rule and claim.arms for claim in claims)
@@ -67,17 +52,18 @@ def test_verdicts_figures_and_the_page_from_runs(tmp_path):
                 papo = laptop.PUSH in flags and "nothing" not in flags
                 level = (0.5 if papo else 0.3) + 0.001 * seed
                 summary = {"accuracy": level, "followed": 1 - level}
-                series = {name: [0.02] * 20 for name in laptop.LEAVES}
-                series |= {"step": list(range(20)), "reward": [0.5] * 20}
+                series = {"step": list(range(20)), "reward": [0.5] * 20}
                 series |= {"val_accuracy": [None] * 9 + [level] + [None] * 9 + [level]}
                 before = {"accuracy": 0.31, "followed": 0.4}
                 runs.done[flags, seed] = {
                     "before": {s: before for s in ("general", "vision")},
                     "after": {s: summary for s in ("general", "vision")},
+                    "left": {"reward": 14, "perception_kl": 12},
                     "series": series,
                 }
     laptop.page(claims, runs, tmp_path)
     text = (tmp_path / "paper_on_a_laptop.md").read_text()
     assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
+    assert "| signals leave at step, seed 1 |  | perception_kl 12, reward 14 |" in text
     assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 10
     assert len(list(tmp_path.glob("*.png"))) == 10

@@ -173,7 +173,7 @@ def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path)
         (tmp_path / name).write_text(source.replace(old, new, 1))
         assert key() == first, name
     for name, old, new in [
-        ("task.py", "GRID, CELL = 3, 28", "GRID, CELL = 4, 28"),
+        ("task.py", "GRID, CELL = 2, 28", "GRID, CELL = 3, 28"),
         ("model.py", "seed=0", "seed=1"),
         ("lessons.py", "HINT_RIGHT = 0.5", "HINT_RIGHT = 0.4"),
     ]:

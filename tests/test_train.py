@@ -476,6 +476,9 @@ def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs():
     signals = ["clip_high_fraction", "entropy", "masked_entropy", "perception_kl"]
     assert sorted(w.split()[1] for w in early) == signals
     assert all("running median" in w and "half the --gamma" in w for w in early)
+    assert report.left_at(lines) == dict(
+        reward=13, perception_kl=14, clip_high_fraction=14, masked_entropy=14, entropy=16
+    )
     sound = [f"{algo}-seed{s}" for algo in ("grpo", "papo_g") for s in (1, 2, 3)]
     for name in [*sound, "main_command"]:
         assert warned(name)[0] == {}

@@ -21,6 +21,7 @@ from toy.model import new_policy, processor, tokenizer
 from toy.task import FAMILIES, ask, describe, draw, random_board, respond
 
 HINT_RIGHT = 0.5  # how often a hint of a lesson is right, whatever it will be in training
+THREADS = 2  # rounding depends on their number, and a whole run then depends on the rounding
 
 
 class Teacher(NamedTuple):
@@ -160,7 +161,10 @@ def build(steps, name="toy", trust=False):
     folder, making = cache / f"{name}-{key}", cache / f"making-{name}-{key}-{os.getpid()}"
     if folder.is_dir():
         return folder
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     warm_start(vlm, (tok, image_processor), steps, last)
+    torch.set_num_threads(threads)
     for part in (vlm, tok, image_processor):
         part.save_pretrained(making)
     try:

@@ -26,10 +26,8 @@ from PIL import Image, ImageDraw
 
 from plumbing.data import Example
 
-GRID, CELL = 3, 28  # cells a side; pixels a cell, which is one merged vision token
-NAMES = [
-    f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)
-]  # a1 b1 c1, a2 b2 c2, ...
+GRID, CELL = 2, 28  # cells a side; pixels a cell, which is one merged vision token
+NAMES = [f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)]  # a1 b1, a2 b2
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -92,7 +90,7 @@ def random_board(rng, test):
 
 
 def count(board, word, reader):
-    """How many objects of a colour or shape, row by row: ("red : 1 + 0 + 2 = 3", 3)"""
+    """How many objects of a colour or shape, row by row: ("red : 1 + 2 = 3", 3)"""
     rows = []
     for i in range(0, GRID**2, GRID):
         truth = sum(c is not None and word in c for c in board[i : i + GRID])
