@@ -37,6 +37,7 @@ ALGORITHMS = {
     "papo_g/qwen2.5-vl-7b": dict(eta1=0.05, eta2=0.05),
     "papo_g/qwen3-vl-2b": dict(gamma=0.01),
     "papo_d": dict(clip_high=0.28, beta=0.00, gamma=0.01, eta1=0.03, eta2=0.03) | REFILL,
+    **dict.fromkeys(["papo_g/toy", "papo_d/toy"], dict(gamma=0.3, anneal_steps=20)),  # on `val`
     # Without the reference KL nothing else holds the policy: double entropy is required (Table 8).
     "*/no_ref_kl": dict(beta=0.00),
     "papo_g/no_ref_kl": dict(gamma=0.01, eta1=0.03, eta2=0.03),

@@ -151,12 +151,13 @@ SIGNS_OF_COLLAPSE = [
 ]
 
 
-def away(metrics, name, factor, floor, recent=3, before=50, least=10):
+def away(metrics, sign, recent=3, before=50, least=10):
     """Has a signal left, by the newest of these lines? -> (bool, its mean now, its median before)
 
     It is compared as the mean of its last `recent` steps with the median of up to `before` steps
     ahead of those, of which there must be `least`.
     """
+    name, factor, floor = sign
     values = [m[name] for m in metrics if name in m]
     past, now = values[-before - recent : -recent], sum(values[-recent:]) / recent
     usual = statistics.median(past) if len(past) >= least else math.inf
@@ -171,8 +172,8 @@ def collapse_warnings(metrics):
     """
     lines = []
     for sign in SIGNS_OF_COLLAPSE:
-        is_away, now, usual = away(metrics, *sign)
-        if is_away and not away(metrics[:-1], *sign)[0]:
+        is_away, now, usual = away(metrics, sign)
+        if is_away and not away(metrics[:-1], sign)[0]:
             times = now / usual if usual else math.inf
             lines.append(
                 f"warning: {sign[0]} is {now:.4g}, {times:.1f} times its running median "
@@ -188,7 +189,7 @@ def left_at(metrics):
     in it. The reward has left when it is below half of its best so far."""
     left, best = {}, 0.0
     for i, line in enumerate(metrics):
-        gone = [sign[0] for sign in SIGNS_OF_COLLAPSE if away(metrics[: i + 1], *sign)[0]]
+        gone = [sign[0] for sign in SIGNS_OF_COLLAPSE if away(metrics[: i + 1], sign)[0]]
         best = max(best, line["reward"])
         gone += ["reward"] if line["reward"] < best / 2 else []
         for name in gone:

@@ -14,6 +14,7 @@ from plumbing.families import to_picture
 from plumbing.policy import score_only
 from reward import score
 
+DARKEST = 3  # nats from which a word is drawn in full colour
 STYLE = """<!doctype html><meta charset="utf-8"><title>PAPO samples</title><style>
 body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 1200px }
 img { image-rendering: pixelated; height: 140px; max-width: 400px; margin-right: 8px }
@@ -23,9 +24,11 @@ code { font-size: 14px; white-space: pre-wrap }
 .r { color: #555; font-size: 13px } span { border-radius: 3px; padding: 1px 2px }
 </style>
 <h1>Which words depend on the picture?</h1>
+"""
+LEGEND = f"""
 <p>Left: the picture, and the masked picture of the perception loss. Each token is shaded by its
 KL_prcp, the k3 estimate of how far the policy on the picture is from the policy on the masked
-picture (white: 0 nats, full orange: 3 nats or more). Hover to read it.</p>
+picture (white: 0 nats, full orange: {DARKEST} nats or more). Hover to read it.</p>
 """
 
 
@@ -39,7 +42,8 @@ def write_samples(parts, examples, out, step, questions=4, n=4):
     grade = partial(score, grader=parts.grader, kind=parts.cfg.reward)
     blocks = [f"<h2>after step {step}</h2>"]
     for prompt, rollout in ((p, r) for p, r in zip(prompts, rollouts) if r is not None):
-        kl, pictures = look(parts, prompt, rollout)
+        kl, both = look(parts, prompt, rollout)
+        pictures = "".join(map(as_png, both))
         scores = grade(rollout.texts, [prompt.example.answer] * n)
         lines = [
             f"<div><code>{shaded(tokens, kl and kl[g], processors[0])}</code> "
@@ -56,11 +60,13 @@ def write_samples(parts, examples, out, step, questions=4, n=4):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{step:06d}.html", "\n".join(blocks))
         pages = sorted(folder.glob("*.html"), reverse=True)
-        write_atomically(out / "samples.html", STYLE + "\n".join(p.read_text() for p in pages))
+        page = "\n".join([STYLE, LEGEND, *(p.read_text() for p in pages)])
+        write_atomically(out / "samples.html", page)
 
 
 def look(parts, prompt, rollout):
-    """KL_prcp of every token, and both pictures as HTML -> (G lists of R numbers or None, str)"""
+    """KL_prcp of every token, and the picture and the masked picture, (H, W, 3) uint8 each
+    -> (G lists of R numbers, two pictures), or (None, []) of a prompt that has none"""
     rows = parts.policy.pack([prompt], [rollout.tokens])
     try:
         named = generator(parts.cfg.seed, "samples mask", prompt.example.id)
@@ -68,7 +74,7 @@ def look(parts, prompt, rollout):
     except ValueError:  # validation data need not have what training needs, such as contrasts
         pass
     if rows.masked_pixels is None:
-        return None, ""
+        return None, []
     grid = prompt.grid[0]
     first = int(grid.prod())
     both = (rows.pixels, rows.masked_pixels)
@@ -76,19 +82,30 @@ def look(parts, prompt, rollout):
     rows = rows.to(parts.processes.device)
     seen = score_only(parts.policy, rows, rows.pixels)
     masked = score_only(parts.policy, rows, rows.masked_pixels)
-    return k3(seen.logp, masked.logp)[0][0].tolist(), "".join(map(as_png, pictures))
+    return k3(seen.logp, masked.logp)[0][0].tolist(), pictures
+
+
+def words(tokens, kl, tok):
+    """One response as [(text of a token, its nats, how dark it is drawn, 0 to 1)].
+
+    tokens (n,); kl: a number a token, or None
+    """
+    found, so_far = [], ""
+    for t in range(len(tokens)):
+        nats = kl[t] if kl else 0.0
+        text = tok.decode(tokens[: t + 1])  # a token's own text depends on what precedes it
+        found.append((text[len(so_far) :], nats, min(1.0, nats / DARKEST)))
+        so_far = text
+    return found
 
 
 def shaded(tokens, kl, tok):
     """One response as HTML. tokens (n,); kl: a number a token, or None"""
-    words, so_far = [], ""
-    for t in range(len(tokens)):
-        nats = kl[t] if kl else 0.0
-        text = tok.decode(tokens[: t + 1])  # a token's own text depends on what precedes it
-        word, so_far = html.escape(text[len(so_far) :]), text
-        shade = f"background:rgba(255,140,0,{min(1.0, nats / 3):.2f})"
-        words.append(f'<span style="{shade}" title="{nats:.3f} nats">{word}</span>')
-    return "".join(words)
+    return "".join(
+        f'<span style="background:rgba(255,140,0,{shade:.2f})" title="{nats:.3f} nats">'
+        f"{html.escape(word)}</span>"
+        for word, nats, shade in words(tokens, kl, tok)
+    )
 
 
 def as_png(picture):

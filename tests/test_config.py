@@ -60,7 +60,7 @@ def test_what_the_papers_runs_share(row):
     assert cfg.dynamic_sampling == (row[1] in ("dapo", "papo_d"))
     assert (cfg.filter_low, cfg.filter_high) == (0.01, 0.99)
     assert (cfg.max_rounds, cfg.prompts_per_round) == (20, 128)
-    assert (cfg.overlong_buffer, cfg.mask_cut_off) == (0, False)
+    assert (cfg.overlong_buffer, cfg.mask_cut_off, cfg.anneal_steps) == (0, False, 0)
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_g", "papo_d"])

@@ -148,7 +148,7 @@ def recipe(steps, last, config, image_processor):
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
 
 
-def build(steps, name="toy", trust=False):
+def build(steps, name="toy", trust=True):
     """The warm-started toy policy as a Hugging Face folder, made once and kept in a cache.
 
     trust: whether its last teacher trusts hints; if not, it is careless only.
@@ -162,7 +162,7 @@ def build(steps, name="toy", trust=False):
     if folder.is_dir():
         return folder
     threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(min(THREADS, os.cpu_count()))
     warm_start(vlm, (tok, image_processor), steps, last)
     torch.set_num_threads(threads)
     for part in (vlm, tok, image_processor):
