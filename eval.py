@@ -1,6 +1,6 @@
 """avg@n on data sets: the same prompts, pictures and sampling as training.
 
-    python eval.py --model out/toy-papo_g/checkpoint-100 --data toy --n 8
+    python eval.py --model out/toy-papo_g/checkpoint-30 --data toy --n 8
     python eval.py --model M --data geo3k,mathvista      # or all nine of the paper, or a file
     python eval.py --compare grpo.jsonl papo.jsonl       # a paired test over questions, a chart
     python eval.py --rescore papo.jsonl                  # grade saved responses again

@@ -276,7 +276,7 @@ class Config:
 MODELS = {
     "toy": dict(
         # Batch and optimiser.
-        steps=40,
+        steps=30,
         prompts_per_step=32,
         group_size=8,
         prompts_per_update=16,
@@ -296,7 +296,7 @@ MODELS = {
         tokens_per_forward=8192,
         eval_every=10,
         eval_questions=256,
-        save_every=20,
+        save_every=15,
         # The shortcut.
         trust=True,
         hint_right=0.8,

@@ -1,5 +1,6 @@
-"""The rules by which bench/paper_on_a_laptop.py decides, on numbers whose verdict is known."""
+"""bench/paper_on_a_laptop.py: its rules on numbers whose verdict is known, and its results."""
 
+import json
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 
 import paper_on_a_laptop as laptop  # noqa: E402
+
+from plumbing import report  # noqa: E402
 
 
 def test_an_interval_is_students_over_seeds():
@@ -67,3 +70,47 @@ def test_verdicts_figures_and_the_page_from_runs(tmp_path):
     assert "| signals leave at step, seed 1 |  | perception_kl 12, reward 14 |" in text
     assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 10
     assert len(list(tmp_path.glob("*.png"))) == 10
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The committed runs."""
+    runs = laptop.Runs(tmp_path_factory.mktemp("runs"))
+    found = json.loads((ROOT / "results" / f"{laptop.NAME}.json").read_text())["runs"]
+    runs.done = {(run["flags"], run["seed"]): run for run in found}
+    return runs
+
+
+def test_the_page_says_what_the_runs_say_and_the_readme_quotes_the_page(kept, tmp_path):
+    laptop.page(laptop.claims(quick=False), kept, tmp_path)
+    page = (tmp_path / f"{laptop.NAME}.md").read_text()
+    assert page == (ROOT / "results" / f"{laptop.NAME}.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## When does looking pay?")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10 and all(row in page for row in rows)
+
+
+def lines_of(run):
+    """A run's metrics, a dict a step."""
+    columns = run["series"]
+    rows = zip(*columns.values())
+    return [{k: v for k, v in zip(columns, row) if v is not None} for row in rows]
+
+
+def warnings(run):
+    """The steps at which a run would have warned of a collapse."""
+    lines = lines_of(run)
+    return [n for n in range(1, len(lines) + 1) if report.collapse_warnings(lines[:n])]
+
+
+def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs(kept):
+    """Figure 11 of the paper: without annealing, the toy's gamma collapses. Every signal is named,
+    and before the reward has halved."""
+    for seed in laptop.SEEDS[:3]:
+        run = kept.done[f"--algo papo_g {laptop.TOO_LARGE}", seed]
+        assert report.left_at(lines_of(run)) == run["left"]
+        assert min(warnings(run)) <= run["left"]["reward"]
+    for algo in ("grpo", "papo_g"):
+        for seed in laptop.SEEDS:
+            assert warnings(kept.done[f"--algo {algo}", seed]) == []

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import papo
 import train as module
-from plumbing import checkpoint, report
+from plumbing import checkpoint
 from plumbing.config import Config, check, resolve
 from plumbing.setup import setup
 from toy.task import ToyData
@@ -453,32 +453,3 @@ def test_the_first_updates_ratio_is_exactly_one(tmp_path, folder, monkeypatch):
     module.train_step(parts, module.Progress())
     assert len(ratios) == 4
     assert all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
-
-
-# ---------------------------------------------------------------------------- watching for collapse
-
-
-def warned(name):
-    """{step: the warnings given after it} of a committed run."""
-    lines = report.read_metrics(ROOT / "results" / name)
-    found = {n: report.collapse_warnings(lines[:n]) for n in range(1, len(lines) + 1)}
-    return {n: w for n, w in found.items() if w}, lines
-
-
-def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs():
-    """results/collapse is gamma 0.5: figure 11 of the paper on demand. Each signal is named once,
-    with what to do about it."""
-    found, lines = warned("collapse")
-    first = min(found)
-    assert all(m["accuracy"] == 0 for m in lines[20:])
-    assert first <= 14 and lines[first - 2]["accuracy"] > 0.05
-    early = [w for n in found if n <= 20 for w in found[n]]
-    signals = ["clip_high_fraction", "entropy", "masked_entropy", "perception_kl"]
-    assert sorted(w.split()[1] for w in early) == signals
-    assert all("running median" in w and "half the --gamma" in w for w in early)
-    assert report.left_at(lines) == dict(
-        reward=13, perception_kl=14, clip_high_fraction=14, masked_entropy=14, entropy=16
-    )
-    sound = [f"{algo}-seed{s}" for algo in ("grpo", "papo_g") for s in (1, 2, 3)]
-    for name in [*sound, "main_command"]:
-        assert warned(name)[0] == {}
