@@ -1,6 +1,5 @@
 """bench/paper_on_a_laptop.py: its rules on numbers whose verdict is known, and its results."""
 
-import json
 import sys
 
 import pytest
@@ -36,12 +35,8 @@ def test_a_verdict_needs_size_and_certainty(differences, at_least, expected):
 def test_every_claim_has_its_runs_and_its_rule(tmp_path):
     claims = laptop.claims(quick=False)
     assert len(claims) == 8 and all(claim.rule and claim.arms for claim in claims)
-    runs = laptop.Runs(tmp_path)
-    for claim in claims:
-        for flags in claim.arms.values():
-            runs.want(flags, claim.seeds)
-    paths = {runs.path(*job) for job in runs.wanted}
-    assert len(paths) == len(runs.wanted)  # no two runs share a folder
+    jobs = {job for claim in claims for job in claim.jobs()}
+    assert len({laptop.Runs(tmp_path).path(*job) for job in jobs}) == len(jobs)  # a folder each
     quick = laptop.claims(quick=True)
     assert [claim.title for claim in quick] == [claims[0].title] and len(quick[0].seeds) == 3
 
@@ -49,21 +44,20 @@ def test_every_claim_has_its_runs_and_its_rule(tmp_path):
 def test_verdicts_figures_and_the_page_from_runs(tmp_path):
     """All claims on made-up runs in which PAPO-G is 20 points above GRPO on `vision`."""
     claims, runs = laptop.claims(quick=False), laptop.Runs(tmp_path)
-    for claim in claims:
-        for flags in claim.arms.values():
-            for seed in claim.seeds:
-                papo = laptop.PUSH in flags and "nothing" not in flags
-                level = (0.5 if papo else 0.3) + 0.001 * seed
-                summary = {"accuracy": level, "followed": 1 - level}
-                series = {"step": list(range(20)), "reward": [0.5] * 20}
-                series |= {"val_accuracy": [None] * 9 + [level] + [None] * 9 + [level]}
-                before = {"accuracy": 0.31, "followed": 0.4}
-                runs.done[flags, seed] = {
-                    "before": {s: before for s in ("general", "vision")},
-                    "after": {s: summary for s in ("general", "vision")},
-                    "left": {"reward": 14, "perception_kl": 12},
-                    "series": series,
-                }
+    for flags, seed in (job for claim in claims for job in claim.jobs()):
+        level = (0.5 if "papo_g" in flags else 0.3) + 0.001 * seed
+        summary = {"accuracy": level, "followed": 1 - level}
+        series = {"step": list(range(20)), "reward": [0.5] * 20}
+        series |= {"val_accuracy": [None] * 9 + [level] + [None] * 9 + [level]}
+        before = {"accuracy": 0.31, "followed": 0.4}
+        runs.done[flags, seed] = {
+            "flags": flags,
+            "seed": seed,
+            "before": {s: before for s in ("general", "vision")},
+            "after": {s: summary for s in ("general", "vision")},
+            "left": {"reward": 14, "perception_kl": 12},
+            "series": series,
+        }
     laptop.page(claims, runs, tmp_path)
     text = (tmp_path / "paper_on_a_laptop.md").read_text()
     assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
@@ -76,8 +70,7 @@ def test_verdicts_figures_and_the_page_from_runs(tmp_path):
 def kept(tmp_path_factory):
     """The committed runs."""
     runs = laptop.Runs(tmp_path_factory.mktemp("runs"))
-    found = json.loads((ROOT / "results" / f"{laptop.NAME}.json").read_text())["runs"]
-    runs.done = {(run["flags"], run["seed"]): run for run in found}
+    runs.load(ROOT / "results" / f"{laptop.NAME}.json")
     return runs
 
 
