@@ -97,16 +97,15 @@ class Runs:
         self.done = {(run["flags"], run["seed"]): run for run in found}
 
     def train(self, wanted, file):
-        """What is not done yet of [(flags, seed)], two at a time, seed by seed, into the file."""
+        """What is not done yet of [(flags, seed)], two at a time, into the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # The same flags of two claims are one run.
-        jobs = sorted(dict.fromkeys(wanted), key=lambda job: job[1])
-        jobs = [job for job in jobs if job not in self.done]
+        jobs = [job for job in dict.fromkeys(wanted) if job not in self.done]
         for trust in {"--no-trust" not in flags for flags, _ in jobs}:
             cfg = resolve({"model": "toy", "trust": trust}, cuda=False)[0]
             model_folder(cfg.model, cfg)  # once, before two runs want it
         print(f"{len(jobs)} runs, in {self.folder}", flush=True)
-        with tqdm(total=len(jobs), unit="run", smoothing=0) as bar, ThreadPoolExecutor(2) as two:
+        with tqdm(total=len(jobs), unit="run", mininterval=0) as bar, ThreadPoolExecutor(2) as two:
             for job, _ in zip(jobs, two.map(self.run, jobs)):
                 self.done[job] = self.read(*job)
                 self.save(file)
@@ -173,10 +172,11 @@ class Claim:
     seeds: list
     judge: object
     splits: tuple = ("vision", "general")
+    watched: bool = False  # is what happens on the way drawn too?
 
     def jobs(self):
         """The runs that it needs."""
-        return [(flags, seed) for flags in self.arms.values() for seed in self.seeds]
+        return [(flags, seed) for seed in self.seeds for flags in self.arms.values()]
 
     def compared(self, runs, a, b, split="vision"):
         """Differences b - a of two arms, one a seed."""
@@ -281,6 +281,7 @@ def claims(quick):
         {"grpo": grpo, "papo_g": papo_g},
         three if quick else SEEDS,
         better("grpo", "papo_g", 15),
+        watched=True,
     )
     if quick:
         return [first]
@@ -307,6 +308,7 @@ def claims(quick):
             {"default": papo_g, "too large": collapse},
             three,
             collapses,
+            watched=True,
         ),
         Claim(
             "Double entropy rescues a gamma that collapses",
@@ -354,6 +356,7 @@ def claims(quick):
             {"no reward": f"{collapse} --reward nothing --eval_every 5"},
             two,
             rise_and_fall,
+            watched=True,
         ),
     ]
 
@@ -390,10 +393,10 @@ def figure(number, claim, runs, folder):
 
 
 def curves(number, claim, runs, folder):
-    """For the claims about what happens on the way: the signals of the first seed, step by step."""
+    """What happens on the way: some signals of every run, step by step -> file name"""
     plt = pyplot()
-    names = ["reward", "val_accuracy", "perception_kl", "entropy", "masked_entropy"]
-    picture, axes = plt.subplots(1, len(names), figsize=(15, 2.8), constrained_layout=True)
+    names = ["reward", "val_accuracy", "val_followed", "perception_kl", "entropy", "masked_entropy"]
+    picture, axes = plt.subplots(1, len(names), figsize=(16, 2.6), constrained_layout=True)
     for axis, name in zip(axes, names):
         for c, (label, flags) in enumerate(claim.arms.items()):
             for seed in claim.seeds:
@@ -421,7 +424,7 @@ def page(all_claims, runs, folder):
             continue
         found = claim.judge(runs, claim)
         pictures = [figure(number, claim, runs, folder)]
-        if claim.judge in (collapses, rise_and_fall):
+        if claim.watched:
             pictures.append(curves(number, claim, runs, folder))
         rows = [f"| {number}. {claim.title} | {' | '.join(row)} |" for row in found]
         print("\n".join(rows))

@@ -62,8 +62,8 @@ def test_verdicts_figures_and_the_page_from_runs(tmp_path):
     text = (tmp_path / "paper_on_a_laptop.md").read_text()
     assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
     assert "| signals leave at step, seed 1 |  | perception_kl 12, reward 14 |" in text
-    assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 10
-    assert len(list(tmp_path.glob("*.png"))) == 10
+    assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 11
+    assert len(list(tmp_path.glob("*.png"))) == 11
 
 
 @pytest.fixture(scope="module")
