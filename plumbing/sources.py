@@ -11,6 +11,7 @@ from tqdm import tqdm
 from plumbing.common import fail, first_line, write_atomically
 from plumbing.data import INSTRUCTION, Example, prompt_text
 from plumbing.pictures import tokens_from_header
+from plumbing.splits import asked_for, open_rows
 from toy.task import ToyData
 
 VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"
@@ -29,7 +30,6 @@ BENCHMARKS = {
     "mathverse_v": ("AI4Math_MathVerse_vision_dependent", 1308, "vision"),
 }
 COLUMNS = ("problem", "answer", "images")
-KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 AT_ONCE = 256  # rows that are checked together
 
 
@@ -49,10 +49,9 @@ class Rows:
         from datasets import Image as ImageFeature
         from datasets import List
 
-        name, _, given = str(name).partition("@")
-        path = Path(name)
+        name, given = asked_for(str(name))
+        rows, path = open_rows(name, split, given), Path(name)
         self.name, self.columns = called or path.stem, columns
-        rows = open_rows(name, split, given)
         self.root = Path(root) if root else path if path.is_dir() else path.parent
         self.chat = "messages" in rows.column_names
         missing = {columns[2], *(() if self.chat else columns[:2])} - set(rows.column_names)
@@ -123,29 +122,6 @@ class Rows:
                 if n > longest:
                     found[index] = f"{n} prompt tokens are more than --max_prompt_tokens {longest}"
         return found
-
-
-def open_rows(name, split, given):
-    """The rows of a hub name, a file or a folder. given: the split that name@split asked for, or ""
-
-    Raises ValueError for a path that holds no rows.
-    """
-    from datasets import load_dataset
-
-    path = Path(name)
-    files = [path] if path.is_file() else []
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in KINDS)
-    chosen = [f for f in files if f.name.startswith(given or split)]
-    if given and not chosen:
-        raise ValueError(f"it holds no file whose name begins with {given}")
-    files = chosen or files
-    if files:
-        kind = KINDS[files[0].suffix]
-        return load_dataset(kind, data_files=[str(f) for f in files], split="train")
-    if path.exists():
-        raise ValueError("it holds no parquet, json or jsonl file")
-    return load_dataset(name, split=given or split)
 
 
 class Selection:

@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 from plumbing.data import encode
 from plumbing.pictures import rgb, tokens_from_header
 from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
+from plumbing.splits import splits_of_files
 from toy.task import ToyData
 
 
@@ -192,6 +193,74 @@ def test_every_way_to_hold_a_picture_is_the_same_picture(tmp_path, processors):
         ), name
 
 
+FOLDERS = {
+    "train/0000.parquet test/0000.parquet": "train test",
+    "data/train/0000.parquet data/validation/0000.parquet": "train validation",
+    "train-0.parquet validation-0.parquet": "train validation",
+    "geo_train.jsonl geo_test.jsonl": "train test",
+    "data/train-00000-of-00001.parquet data/mini-00000-of-00001.parquet": "train mini",
+    "rows.parquet more.parquet": "",
+    "contest.parquet restraining.parquet": "",
+    "train.parquet": "train",
+    "train.jsonl extra.jsonl": "train",
+    "rows.jsonl dataset_infos.json README.md .cache/test.jsonl": "",
+    "dev/a.jsonl training/a.jsonl": "validation train",
+    "test/train-0.parquet": "test",
+}
+
+
+@pytest.mark.parametrize("files", FOLDERS)
+def test_the_splits_of_a_folder_are_those_that_datasets_infers(files, tmp_path):
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    # The name of the folder itself, or of one above it, says nothing of splits.
+    folder = tmp_path / "test" / "train-set"
+    for file in files.split():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+    ours = {split: set(map(str, found)) for split, found in splits_of_files(folder).items()}
+    assert set(ours) == set(FOLDERS[files].split() or [""])
+    patterns = get_data_patterns(str(folder))
+    theirs = DataFilesDict.from_patterns(patterns, base_path=str(folder))
+    if "" in ours:
+        theirs = {"": theirs["train"]}  # there every file is a training file then
+    assert ours == {str(k): set(v) for k, v in theirs.items()}
+
+
+def test_no_row_of_another_split_is_read(tmp_path):
+    rows = example_rows(7)
+    for file, part in [("train/0000", rows[:4]), ("test/0000", rows[4:6])]:
+        (tmp_path / file).parent.mkdir()
+        parquet(tmp_path / f"{file}.parquet", part)
+    assert [len(Rows(tmp_path, split)) for split in ("train", "test")] == [4, 2]
+    assert len(Rows(f"{tmp_path}@eval", "train")) == 2  # a word that `datasets` takes for test
+    with pytest.raises(SystemExit, match="it has test, train and not validation"):
+        load(f"{tmp_path}@validation", "train", 0, 0)
+    # A file, or files that no name sorts, are whatever is wanted.
+    parquet(tmp_path / "a@b.parquet", rows[6:])
+    assert len(Rows(tmp_path / "a@b.parquet", "test")) == 1
+    with pytest.raises(SystemExit, match="nothing in it is called test"):
+        load(f"{tmp_path / 'a@b.parquet'}@test", "train", 0, 0)
+    (tmp_path / "train" / "test.jsonl").write_text("{}")
+    (tmp_path / "train_test").mkdir()
+    (tmp_path / "train_test" / "a.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="train_test/a.jsonl could be train or test"):
+        load(str(tmp_path), "train", 0, 0)
+
+
+def test_what_save_to_disk_leaves(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    sets = {k: Dataset.from_list(example_rows(n)) for k, n in (("train", 3), ("validation", 2))}
+    DatasetDict(sets).save_to_disk(tmp_path / "both")
+    sets["train"].save_to_disk(tmp_path / "one")
+    assert len(Rows(tmp_path / "both", "train")) == 3
+    assert len(Rows(f"{tmp_path / 'both'}@val", "train")) == 2
+    assert len(Rows(tmp_path / "one", "test")) == 3
+    with pytest.raises(SystemExit, match="it has train, validation and not test"):
+        load(str(tmp_path / "both"), "test", 0, 0)
+
+
 def test_folders_splits_and_column_names(tmp_path):
     rows = example_rows(4)
     parquet(tmp_path / "train-0.parquet", rows[:2])
@@ -204,7 +273,7 @@ def test_folders_splits_and_column_names(tmp_path):
     example = Rows(tmp_path / "other.jsonl", "train", ("question", "label", "pictures"))[0]
     assert example.problem.startswith("<image> ?")
     assert example.answer == "3" and example.images == ["a.png"]
-    with pytest.raises(SystemExit, match="no file whose name begins with nonsense"):
+    with pytest.raises(SystemExit, match="it has test, train and not nonsense; @test at"):
         load(f"{tmp_path}@nonsense", "train", 0, 0)
     numbered = [{"id": i, "problem": "?", "answer": "3", "images": []} for i in (2, 0, 1)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, numbered)))
