@@ -441,12 +441,13 @@ def page(all_claims, runs, folder):
 
 def arms_table(claim, runs):
     """What each arm of a claim arrived at, as lines of a table."""
-    heads = [*claim.splits, "wrong hints followed", "seeds"]
+    heads = [*claim.splits, "wrong hints followed", f"{claim.splits[0]}, seed by seed"]
     lines = [f"| arm | command | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for label, flags in claim.arms.items():
         values = [runs.after(flags, claim.seeds, split) for split in claim.splits]
         values.append(runs.after(flags, claim.seeds, what="followed"))
-        cells = [f"{statistics.mean(x):.1f}" for x in values] + [str(len(claim.seeds))]
+        cells = [f"{statistics.mean(x):.1f}" for x in values]
+        cells.append(" ".join(f"{x:.1f}" for x in values[0]))
         lines.append(f"| {label} | `train.py {flags}` | {' | '.join(cells)} |")
     return lines
 

@@ -29,7 +29,7 @@ from plumbing.policy import (
     sharded_policy,
 )
 from plumbing.processes import Processes
-from plumbing.sources import Rows, Selection, left_out, load
+from plumbing.sources import Rows, Selection, left_out, load, shared_rows
 from rollout import Sampler
 from toy.lessons import build
 from toy.task import SPLITS
@@ -76,6 +76,8 @@ def setup(cfg):
     for split in validation_splits(cfg.val_data):
         data = load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
         validation[split] = usable(data, processors, cfg, processes)
+        if processes.first:
+            warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
@@ -144,6 +146,18 @@ def usable(data, processors, cfg, processes):
     if processes.first:
         left_out(Path(cfg.out), data, faults, cfg.strict)
     return Selection(data, faults)
+
+
+def warn_of_shared_rows(train, held_out):
+    """A row that is trained on says nothing as a row to validate on. Of files and hub names; the
+    toy's splits share no picture."""
+    if isinstance(train, Selection) and isinstance(held_out, Selection):
+        if same := shared_rows(train.rows, held_out.rows):
+            print(
+                f"warning: {len(same)} of {len(held_out.rows)} rows of {held_out.rows.name} are "
+                f"in {train.rows.name} too, the first is row {same[0]}: the policy is trained on "
+                "what it is validated on"
+            )
 
 
 def splits_of(data):

@@ -51,7 +51,7 @@ class Rows:
 
         name, given = asked_for(str(name))
         rows, path = open_rows(name, split, given), Path(name)
-        self.name, self.columns = called or path.stem, columns
+        self.name, self.columns, self.split = called or path.stem, columns, given or split
         self.root = Path(root) if root else path if path.is_dir() else path.parent
         self.chat = "messages" in rows.column_names
         missing = {columns[2], *(() if self.chat else columns[:2])} - set(rows.column_names)
@@ -85,6 +85,12 @@ class Rows:
         name = f"{self.name}-{index if row.get('id') is None else row['id']}"
         answer = "" if answer is None else str(answer)
         return Example(name, (problem or "") + INSTRUCTION, answer, images, contrast)
+
+    def texts(self):
+        """(problem, answer) of every row; its pictures are not read."""
+        pictures = {self.columns[2], "contrast"} & set(self.rows.column_names)
+        rows = enumerate(self.rows.remove_columns(list(pictures)))
+        return [(e.problem, e.answer) for e in (self.example(*row) for row in rows)]
 
     def locate(self, picture):
         """A relative path becomes one from root, if the file is there."""
@@ -186,6 +192,31 @@ def unzipped(file):
     return folder
 
 
+def shared_rows(train, held_out):
+    """Indices of the rows of one data set, both Rows, that are in the other too: the same problem,
+    answer and pictures."""
+    same, found = collections.defaultdict(list), []
+    for index, text in enumerate(train.texts()):
+        same[text].append(index)
+    for index, text in enumerate(held_out.texts()):
+        if text in same:
+            ours = contents(held_out[index])
+            found += [index] if any(contents(train[k]) == ours for k in same[text]) else []
+    return found
+
+
+def contents(example):
+    """The pictures of an example as bytes; what cannot be opened stands for itself."""
+    found = []
+    for picture in example.images:
+        data = picture.get("bytes") if isinstance(picture, dict) else picture
+        path = data if isinstance(data, str) else None
+        if data is None:
+            path = picture.get("path")
+        found.append(Path(path).read_bytes() if path and Path(path).is_file() else data or path)
+    return found
+
+
 def left_out(out, data, faults, strict):
     """Name the rows that cannot be used in a file, and say how many there are of which kind.
 
@@ -196,7 +227,7 @@ def left_out(out, data, faults, strict):
     if strict:
         fail(f"row {min(faults)} of {data.name}: {faults[min(faults)]}")
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"left_out-{data.name}.jsonl"
+    file = out / f"left_out-{data.name}-{data.split}.jsonl"
     lines = [json.dumps({"row": i, "why": faults[i]}) + "\n" for i in sorted(faults)]
     write_atomically(file, "".join(lines))
     if len(faults) == len(data):

@@ -13,7 +13,8 @@ from PIL import Image, ImageFile
 
 from plumbing.data import encode
 from plumbing.pictures import rgb, tokens_from_header
-from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
+from plumbing.setup import warn_of_shared_rows
+from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load, shared_rows
 from plumbing.splits import splits_of_files
 from toy.task import ToyData
 
@@ -248,6 +249,25 @@ def test_no_row_of_another_split_is_read(tmp_path):
         load(str(tmp_path), "train", 0, 0)
 
 
+def test_rows_to_validate_on_that_are_trained_on_are_named(tmp_path, capsys):
+    rows = example_rows(6)
+    train = Rows(parquet(tmp_path / "train.parquet", rows[:4]), "train")
+    # The same text with another picture is another question.
+    other = rows[1] | {"images": rows[2]["images"]}
+    held_out = Rows(parquet(tmp_path / "test.parquet", [rows[4], rows[3], other, rows[0]]), "test")
+    assert shared_rows(train, held_out) == [1, 3]
+    chat = [{"messages": [{"content": r["problem"]}, {"content": r["answer"]}]} for r in rows]
+    lines = [json.dumps(c | {"images": [f"{i}.png"]}) for i, c in enumerate(chat)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines[:3]))
+    (tmp_path / "more.jsonl").write_text("\n".join(lines[2:]))
+    both = [Rows(tmp_path / f, "train") for f in ("chat.jsonl", "more.jsonl")]
+    assert shared_rows(*both) == [0]
+    warn_of_shared_rows(Selection(train, {}), Selection(held_out, {}))
+    assert "2 of 4 rows of test are in train too, the first is row 1" in capsys.readouterr().out
+    warn_of_shared_rows(Selection(train, {}), Selection(both[0], {}))
+    assert capsys.readouterr().out == ""
+
+
 def test_what_save_to_disk_leaves(tmp_path):
     from datasets import Dataset, DatasetDict
 
@@ -428,7 +448,7 @@ def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
     files = ["--model", folder, "--data", train, "--val_data", test, "--out", tmp_path / "run"]
     done = command("train.py", *files, *toy, *limits)
     assert done.returncode == 0, done.stderr[-3000:]
-    left = lines_of(tmp_path / "run" / "left_out-train.jsonl")
+    left = lines_of(tmp_path / "run" / "left_out-train-train.jsonl")
     assert [(r["row"], "cannot be read" in r["why"], "more than" in r["why"]) for r in left] == [
         (1, True, False),
         (2, False, True),
