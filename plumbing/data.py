@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.common import first_line, generator
+from plumbing.common import generator
 from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
-from plumbing.pictures import UNREADABLE, rgb
+from plumbing.pictures import rgb
 
 IMAGE = "<image>"
 # The released template (examples/format_prompt/math_perception.jinja), its meaning in our words.
@@ -50,13 +50,19 @@ def prompt_text(example, tok, tokens):
     """The chat in which the problem is the user's turn, as text.
 
     Picture k's placeholder is repeated tokens[k] times. Raises ValueError when placeholders and
-    pictures disagree in number.
+    pictures disagree in number, and for a problem in which a control token is spelled: the
+    tokenizer would take it for the real one.
     """
     parts = example.problem.split(IMAGE)
     if len(parts) - 1 != len(example.images):
         raise ValueError(
             f"example {example.id}: {len(parts) - 1} {IMAGE} placeholders but "
             f"{len(example.images)} pictures; the text needs one placeholder for each picture"
+        )
+    control = [t.content for t in tok.added_tokens_decoder.values() if t.special]
+    if found := [token for token in control if token in example.problem]:
+        raise ValueError(
+            f"example {example.id}: the problem contains {found[0]}, which is no text to this model"
         )
     content = []
     for i, part in enumerate(parts):
@@ -75,9 +81,8 @@ def encode(example, tok, image_processor):
     if example.images:
         try:
             pixels, grid = encode_pictures([rgb(p) for p in example.images], image_processor)
-        except UNREADABLE as error:
-            reason = f"a picture cannot be read ({first_line(error)})"
-            raise ValueError(f"example {example.id}: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"example {example.id}: {error}") from error
     tokens = [] if grid is None else picture_tokens(grid, image_processor)
     text = prompt_text(example, tok, tokens)
     ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from plumbing.common import fail, first_line, write_atomically
 from plumbing.data import INSTRUCTION, Example, prompt_text
 from plumbing.pictures import tokens_from_header
+from plumbing.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
 from plumbing.splits import asked_for, open_rows
 from toy.task import ToyData
 
@@ -34,11 +35,11 @@ AT_ONCE = 256  # rows that are checked together
 
 
 class Rows:
-    """A data set in the released sets' schema, read row by row from disk.
+    """A data set on disk or from the hub, read row by row.
 
-    It has columns for the problem, the answer and the pictures (as bytes, dicts, paths or decoded)
-    and perhaps `contrast`; or `messages`, a user's turn and the answer. Pictures are decoded when
-    they are asked for.
+    It has columns for the problem, the answer and the pictures, and perhaps `contrast`, second
+    pictures; or a chat in the place of the first two. plumbing/schemas.py reads each of them.
+    Pictures are decoded when they are asked for.
 
     name: a hub name, a parquet, JSON or JSONL file, or a folder of them; name@split overrides split
     root: where relative picture paths start; default: the file's own folder
@@ -46,14 +47,11 @@ class Rows:
     """
 
     def __init__(self, name, split, columns=COLUMNS, root=None, called=None):
-        from datasets import Image as ImageFeature
-        from datasets import List
-
         name, given = asked_for(str(name))
         rows, path = open_rows(name, split, given), Path(name)
         self.name, self.columns, self.split = called or path.stem, columns, given or split
         self.root = Path(root) if root else path if path.is_dir() else path.parent
-        self.chat = "messages" in rows.column_names
+        self.chat = next((c for c in CHATS if c in rows.column_names), None)
         missing = {columns[2], *(() if self.chat else columns[:2])} - set(rows.column_names)
         if missing:
             fail(
@@ -62,10 +60,12 @@ class Rows:
                 "--images_column say which is which)"
             )
         for column in {columns[2], "contrast"} & set(rows.column_names):
-            if isinstance(getattr(rows.features[column], "feature", None), ImageFeature):
-                # The bytes as they are, not decoded.
-                rows = rows.cast_column(column, List(ImageFeature(decode=False)))
+            feature = undecoded(rows.features[column])
+            rows = rows if feature == rows.features[column] else rows.cast_column(column, feature)
         self.rows = rows
+        ids = rows["id"] if "id" in rows.column_names else [None]
+        self.by_id = None not in ids[:] and len(set(ids[:])) == len(rows)
+        self.dtype = getattr(rows.features.get(columns[1]), "dtype", None)
 
     def __len__(self):
         return len(self.rows)
@@ -74,30 +74,40 @@ class Rows:
         return self.example(index, self.rows[index])
 
     def example(self, index, row):
-        """A row of the file -> Example"""
+        """A row of the file -> Example. Raises ValueError for one that cannot be read as one."""
         if self.chat:
-            problem, answer = (row["messages"][k]["content"] for k in (0, 1))
+            problem, answer = question_of(row[self.chat] or [])
         else:
-            problem, answer = (row[c] for c in self.columns[:2])
-        pictures = [row.get(c) or [] for c in (self.columns[2], "contrast")]
-        pictures = [x if isinstance(x, list) else [x] for x in pictures]
+            problem, answer = row[self.columns[0]], answer_of(row[self.columns[1]], self.dtype)
+            problem = problem_of(problem)
+        pictures = [pictures_of(row.get(c)) for c in (self.columns[2], "contrast")]
         images, contrast = ([self.locate(p) for p in x] for x in pictures)
-        name = f"{self.name}-{index if row.get('id') is None else row['id']}"
-        answer = "" if answer is None else str(answer)
-        return Example(name, (problem or "") + INSTRUCTION, answer, images, contrast)
+        # Two rows of one id are two questions.
+        name = f"{self.name}-{row['id'] if self.by_id else index}"
+        return Example(name, problem + INSTRUCTION, answer, images, contrast)
 
     def texts(self):
         """(problem, answer) of every row; its pictures are not read."""
         pictures = {self.columns[2], "contrast"} & set(self.rows.column_names)
-        rows = enumerate(self.rows.remove_columns(list(pictures)))
-        return [(e.problem, e.answer) for e in (self.example(*row) for row in rows)]
+        rows, found = enumerate(self.rows.remove_columns(list(pictures))), []
+        for index, row in rows:
+            try:
+                example = self.example(index, row)
+                found.append((example.problem, example.answer))
+            except ValueError:  # such a row is left out anyway
+                found.append(None)
+        return found
 
     def locate(self, picture):
         """A relative path becomes one from root, if the file is there."""
         path = picture if isinstance(picture, str) else None
         if isinstance(picture, dict) and not picture.get("bytes"):
             path = picture.get("path")
-        return str(self.root / path) if path and (self.root / path).exists() else picture
+        try:
+            found = path and (self.root / path).exists()
+        except OSError:  # base64 text, too long for a path
+            found = False
+        return str(self.root / path) if found else picture
 
     def faults(self, tok, image_processor, longest, part=slice(None), progress=True):
         """{index: why a row cannot be used}, of the rows in `part`, from headers alone.
@@ -113,15 +123,17 @@ class Rows:
             batch = indices[start : start + AT_ONCE]
             columns, texts, known = self.rows[list(batch)], [], []
             for k, index in enumerate(batch):
-                example = self.example(index, {c: values[k] for c, values in columns.items()})
                 try:
-                    texts.append(prompt_text(example, tok, [1] * len(example.images)))
+                    row = {c: values[k] for c, values in columns.items()}
+                    example = self.example(index, row)
+                    text = prompt_text(example, tok, [1] * len(example.images))
                     if not example.answer.strip():
                         raise ValueError("the answer is empty")
                     sizes = [tokens_from_header(p, image_processor) for p in example.images]
-                    known.append((index, len(texts) - 1, sum(sizes) - len(sizes)))
+                    known.append((index, len(texts), sum(sizes) - len(sizes)))
+                    texts.append(text)
                 except ValueError as error:
-                    found[index] = str(error).removeprefix(f"example {example.id}: ")
+                    found[index] = re.sub(r"^example \S+: ", "", str(error))
             ids = tok(texts, add_special_tokens=False)["input_ids"] if texts else []
             for index, k, more in known:
                 n = len(ids[k]) + more
@@ -199,10 +211,20 @@ def shared_rows(train, held_out):
     for index, text in enumerate(train.texts()):
         same[text].append(index)
     for index, text in enumerate(held_out.texts()):
-        if text in same:
+        if text and text in same:
             ours = contents(held_out[index])
             found += [index] if any(contents(train[k]) == ours for k in same[text]) else []
     return found
+
+
+def undecoded(feature):
+    """A feature of `datasets` in which pictures stay bytes, however deep they lie."""
+    from datasets import Image as ImageFeature
+
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    inner = getattr(feature, "feature", None)
+    return type(feature)(undecoded(inner)) if inner is not None else feature
 
 
 def contents(example):
