@@ -389,6 +389,11 @@ def check(cfg, world_size, cuda):
             f"{world_size} processes cannot be shared out to engines of --tensor_parallel "
             f"{cfg.tensor_parallel} each"
         )
+    if cfg.min_pixels > cfg.max_pixels:
+        fail(
+            f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "
+            "has a size between them"
+        )
     buffer = {"low": 0, "high": cfg.max_response_tokens}
     check_bounds("overlong_buffer", cfg.overlong_buffer, buffer)
     if cfg.packing == "flat" and not cuda:

@@ -44,9 +44,18 @@ def load_image_processor(folder, min_pixels, max_pixels):
 def encode_pictures(pictures, image_processor):
     """RGB pictures -> (pixels (N, D), one row a patch; grid (K, 3), patches along t, h, w).
 
-    D = 3 channels x 2 equal frames x patch x patch; channel is the slowest axis of a row.
+    D = 3 channels x 2 equal frames x patch x patch; channel is the slowest axis of a row. Raises
+    ValueError for a picture that has no size.
     """
-    out = image_processor(pictures, return_tensors="pt")
+    from PIL import Image
+
+    def settled(picture):
+        size = final_size(*picture.size, image_processor)
+        if size == resized(*picture.size, image_processor):
+            return picture  # the processor does all of it
+        return picture.resize(size, Image.Resampling.BICUBIC)
+
+    out = image_processor([settled(p) for p in pictures], return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"]
 
 
@@ -56,15 +65,39 @@ def picture_tokens(grid, image_processor):
 
 
 def tokens_of_size(width, height, image_processor):
-    """The same from the size in pixels alone, by the processor's own resizing arithmetic.
+    """The same from the size in pixels alone. Raises ValueError for a picture that has no size."""
+    block = image_processor.patch_size * image_processor.merge_size
+    width, height = final_size(width, height, image_processor)
+    return width * height // block**2
 
-    Raises ValueError for a picture that the processor refuses, 200 times as wide as high.
+
+def resized(width, height, image_processor):
+    """The size (width, height) that a processor makes of a picture's.
+
+    Raises ValueError for one that it refuses, 200 times as wide as high.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     block, limits = image_processor.patch_size * image_processor.merge_size, image_processor.size
     h, w = smart_resize(height, width, block, limits["shortest_edge"], limits["longest_edge"])
-    return h * w // block**2
+    return w, h
+
+
+def final_size(width, height, image_processor):
+    """The size that resizing arrives at: resized again, it stays.
+
+    The engine is handed a picture that was resized here, and resizes it again; where rounding to
+    whole tokens leaves the limits, once is not enough. Raises ValueError where it never ends, the
+    limits being too near each other, or where the result is too narrow to be resized again.
+    """
+    size = width, height
+    for _ in range(20):
+        before, size = size, resized(*size, image_processor)
+        if size == before:
+            return size
+    raise ValueError(
+        f"a picture of {width} x {height} pixels has no size between --min_pixels and --max_pixels"
+    )
 
 
 def row_order(grid, merge):

@@ -121,6 +121,7 @@ BAD = [
     (dict(tensor_parallel=2), "cannot be shared out"),
     (dict(group_size=1), "at least 2"),
     (dict(prompts_per_round=0), "greater than 0"),
+    (dict(min_pixels=2000, max_pixels=1000), "no picture has a size between"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Pictures of every mode become RGB, and a data set's rows become examples."""
 
+import copy
 import io
 import json
 import random
@@ -11,7 +12,8 @@ import pytest
 from conftest import ROOT, SMALL, command
 from PIL import Image, ImageFile
 
-from plumbing.data import encode
+from plumbing.data import Example, encode
+from plumbing.families import to_picture
 from plumbing.pictures import rgb, tokens_from_header
 from plumbing.setup import warn_of_shared_rows
 from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load, shared_rows
@@ -369,6 +371,43 @@ def test_picture_tokens_are_those_of_the_processor(size, processors):
     picture.save(turned, "JPEG", exif=exif)
     grid = processors[1]([rgb(turned.getvalue())], return_tensors="pt")["image_grid_thw"][0]
     assert tokens_from_header(turned.getvalue(), processors[1]) == int(grid.prod()) // merged
+
+
+@pytest.mark.parametrize(
+    "name, size, low, high",
+    [
+        ("least is most", (60, 60), 256 * 784, 256 * 784),
+        ("least is most, and not square", (640, 480), 1280 * 784, 1280 * 784),
+        ("near each other", (640, 480), 1229 * 784, 1280 * 784),
+        ("thin", (4203, 36), 784, 64 * 784),
+        ("thinner", (7855, 41), 784, 64 * 784),
+        ("usual", (640, 480), 256 * 784, 1280 * 784),
+        *[(f"random {seed}", None, None, None) for seed in range(60)],
+    ],
+)
+def test_the_engine_sees_the_grid_that_the_trainer_sees(name, size, low, high, processors):
+    """vLLM resizes again the picture that it is handed: it must keep its size, or the row is left
+    out before anything is loaded."""
+    if size is None:
+        rng = random.Random(name)
+        size = tuple(int(10 ** rng.uniform(1, 3.2)) for _ in range(2))
+        low = rng.randrange(1, 40) * 784
+        high = low + rng.choice([0, 0, 1, 5, 50]) * 784
+    image_processor = copy.deepcopy(processors[1])
+    image_processor.size = {"shortest_edge": low, "longest_edge": high}
+    picture = Image.new("RGB", size)
+    example = Example("x", "<image> ?", "3", [picture])
+    try:
+        tokens = tokens_from_header(png(picture), image_processor)
+    except ValueError:
+        with pytest.raises(ValueError):
+            encode(example, processors[0], image_processor)
+        return
+    prompt = encode(example, processors[0], image_processor)
+    assert int(prompt.grid.prod()) == 4 * tokens
+    handed = Image.fromarray(to_picture(prompt.pixels, prompt.grid[0], image_processor).numpy())
+    again = image_processor([handed], return_tensors="pt")["image_grid_thw"]
+    assert (again == prompt.grid).all()
 
 
 FILTER = """
