@@ -281,7 +281,7 @@ MODELS = {
         group_size=8,
         prompts_per_update=16,
         prompts_per_round=16,
-        max_rounds=40,
+        max_rounds=100,
         lr=2e-4,
         weight_decay=0.0,
         # Pictures and lengths.

@@ -1,5 +1,6 @@
 """The policy: load it, score packed responses with it, shard it, save it."""
 
+import json
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from plumbing.common import fail, first_line
-from plumbing.families import VISUAL_TOKENS, family_of, load_image_processor
+from plumbing.families import IMAGE_TOKEN, VISUAL_TOKENS, family_of, load_image_processor
 from plumbing.packing import attention_mask, may_attend, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -183,31 +184,52 @@ def response_logprobs(policy, prompts, rollouts, device):
 
 def load_processors(folder, cfg):
     """-> (tokenizer, image processor) of a model folder, with the run's pixel limits."""
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     try:
         tok = AutoTokenizer.from_pretrained(folder)
-        return tok, load_image_processor(folder, cfg.min_pixels, cfg.max_pixels)
-    except (OSError, ValueError) as error:
+        image_processor = load_image_processor(folder, cfg.min_pixels, cfg.max_pixels)
+        check_chat_template(tok, Path(folder))
+        return tok, image_processor
+    except (OSError, ValueError, TemplateError) as error:
         fail(
             f"{folder} has no usable tokenizer and image processor files ({first_line(error)}); "
             "copy them from the model it was made from"
         )
 
 
+def check_chat_template(tok, folder):
+    """Raises ValueError if a chat cannot be written down, or loses its picture on the way."""
+    older = folder / "chat_template.json"  # as processors were saved by transformers 4.4x
+    if not tok.chat_template and older.exists():
+        tok.chat_template = json.loads(older.read_text())["chat_template"]
+    if not tok.chat_template:
+        raise ValueError("the tokenizer has no chat template")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}]
+    text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if text.count(IMAGE_TOKEN) != 1 or "what ?" not in text:
+        raise ValueError(f"its chat template makes no {IMAGE_TOKEN} of a picture")
+
+
 def load_vlm(folder, dtype=torch.float32):
-    """The vision-language model in a Hugging Face folder."""
+    """The vision-language model in a Hugging Face folder. Ends with a sentence that names what is
+    missing if its files do not fill the model: transformers would draw that at random."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     load = AutoModelForImageTextToText.from_pretrained
     try:
-        vlm = load(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        vlm, found = load(folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         family_of(vlm.config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
         fail(f"{folder} cannot be loaded as a vision-language model ({first_line(error)})")
-    return vlm
+    if missing := sorted(found["missing_keys"]):
+        other = sorted(found["unexpected_keys"])
+        hint = f"; it has {other[0]} instead" if other else ""
+        fail(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}{hint}")
+    return vlm.eval()
 
 
 def banned_tokens(folder, tok):

@@ -116,7 +116,7 @@ def model_folder(name, cfg):
     if name in TOYS:
         return build(cfg.warm_steps, name, cfg.trust)
     if Path(name).is_dir():
-        return Path(name)
+        return whole_model(Path(name))
     from huggingface_hub import snapshot_download
 
     try:
@@ -124,6 +124,15 @@ def model_folder(name, cfg):
     except Exception as error:
         kind = type(error).__name__
         fail(f"model {name!r} is neither a folder here nor reachable on the hub ({kind})")
+
+
+def whole_model(folder):
+    """A local folder, if it holds a model."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        fail(f"{folder} holds an adapter only; merge it into its base model, and give that folder")
+    if not (folder / "config.json").exists():
+        fail(f"{folder} holds no model: there is no config.json")
+    return folder
 
 
 def load_policy(folder, banned, cfg, processes):
