@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.common import fail
+from plumbing.common import fail, may_write
 from plumbing.compare import compare, rescore
 from plumbing.config import check, resolve
 from plumbing.data import encode_all
@@ -162,6 +162,7 @@ def evaluate(args):
         "hint_right"
     )
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
+    may_write(out.parent)
     done = answered(out, settings)
     sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None
     if any(sets.values()):

@@ -235,7 +235,7 @@ def main():
     first, out = os.environ.get("RANK", "0") == "0", Path(cfg.out)
     say = tqdm.write if first else (lambda *_: None)
     say(report.opening(cfg, why))
-    newest = checkpoint.open_folder(out, cfg)
+    newest = checkpoint.open_folder(out, cfg, say)
     parts = setup(cfg)  # every process has looked at the folder when this returns
     progress = Progress(**checkpoint.restore(newest, parts)) if newest else Progress()
     if first:

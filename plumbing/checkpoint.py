@@ -11,6 +11,7 @@ generator with a name: (seed, purpose, step, prompt).
 
 import errno
 import json
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from plumbing.common import fail
+from plumbing.common import fail, may_write
 from plumbing.config import same_run
 from plumbing.policy import save_hf
 
@@ -31,27 +32,40 @@ class Progress:
     cursor: int = 0  # prompts consumed of the stream
 
 
-def whole(out):
-    """Checkpoints in an output folder, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+def numbered(out):
+    """All that is called checkpoint-N in an output folder, oldest first; not checkpoint-1-best."""
+    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def open_folder(out, cfg):
+def is_whole(checkpoint):
+    """Was it written by a run, to the end? state.json is the last file that is."""
+    return (checkpoint / "trainer" / "state.json").is_file()
+
+
+def whole(out):
+    """Checkpoints in an output folder, oldest first."""
+    return list(filter(is_whole, numbered(out)))
+
+
+def open_folder(out, cfg, say):
     """Check that a run may write here -> the checkpoint to continue from, or None.
 
-    Ends with a sentence if it may not.
+    Ends with a sentence if it may not. say: a function that prints a line
     """
     used = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
     if not cfg.resume:
         if used:
             fail(f"{out} holds another run; continue it with --resume, or give another --out")
-        if out.exists() and not out.is_dir():
-            fail(f"{out} is a file; give another --out")
+        may_write(out)
         return None
     if not used:
         fail(f"--resume: there is no run in {out}")
     same_run(cfg, out / "config.json")
+    may_write(out)
+    for other in numbered(out):
+        if not is_whole(other):
+            say(f"note: {other} is no whole checkpoint of a run, and is left alone")
     return whole(out)[-1] if whole(out) else None
 
 
@@ -69,7 +83,7 @@ def save(out, counters, parts):
     processes, optimiser = parts.processes, parts.optimiser
     final = out / f"checkpoint-{counters['step']}"
     making = out / f".making-{final.name}"
-    if final.exists():
+    if is_whole(final):
         return
     counters = {**counters, "updates": optimiser.updates, "skipped": optimiser.skipped}
     try:
@@ -87,6 +101,8 @@ def save(out, counters, parts):
             dcp.save(state, checkpoint_id=making / "trainer", no_dist=alone)
         if processes.first:
             (making / "trainer" / "state.json").write_text(json.dumps(counters))
+            if final.exists():  # somebody else's, and not ours to delete
+                final.rename(final.with_name(f"{final.name}-set-aside"))
             making.rename(final)
             remove_oldest(out, parts.cfg.keep)
     except (OSError, dcp.api.CheckpointException) as error:

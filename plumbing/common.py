@@ -52,6 +52,17 @@ def write_atomically(path, text):
     beside.rename(path)
 
 
+def may_write(folder):
+    """Make a folder, or end with a sentence if nothing can be written there."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        fail(f"{folder} cannot be written ({error.strerror or error}); give another --out")
+
+
 def pyplot():
     """matplotlib's pyplot, for pictures that go into files; imported when one is drawn."""
     import matplotlib

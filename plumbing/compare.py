@@ -43,12 +43,18 @@ def paired_test(a, b, resamples=10_000):
     return d.mean().item(), low, high, (as_far + 1) / (resamples + 1)
 
 
+def means_of(path):
+    """A file of responses -> {set: {question: mean accuracy}}"""
+    sets = read(path)
+    if not all("accuracy" in r for records in sets.values() for r in records):
+        fail(f"{path} holds responses that are not graded; eval.py --rescore grades them")
+    questions = {s: by_question(records) for s, records in sets.items()}
+    return {s: {q: sum(v) / len(v) for q, v in qs.items()} for s, qs in questions.items()}
+
+
 def compare(first, second, chart):
     """Two files of responses to the same questions -> lines of a table; draws the bars."""
-    a, b = (
-        {s: {q: sum(v) / len(v) for q, v in by_question(r).items()} for s, r in read(path).items()}
-        for path in (first, second)
-    )
+    a, b = means_of(first), means_of(second)
     shared, means = [s for s in a if s in b], []
     if not shared:
         fail(f"{first} and {second} share no set")
@@ -103,9 +109,9 @@ def rescore(path, out):
     """Grade the responses of a file again (overall as released) -> lines of a table; writes them
     to out."""
     sets, grader = read(path), Grader()
-    for records in sets.values():
+    for name, records in sets.items():
         for r in tqdm(records, desc="grading", unit="response"):
-            r |= compute_score(r["predict"], r["label"], grader)
+            r |= {"split": name} | compute_score(r["predict"], r["label"], grader)
     grader.close()
     write_atomically(Path(out), as_lines(r for records in sets.values() for r in records))
     return [*table({s: summarise(r) for s, r in sets.items()}), f"responses: {out}"]

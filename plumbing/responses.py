@@ -4,7 +4,9 @@ evaluation's scorer reads them."""
 import json
 from pathlib import Path
 
-from plumbing.common import fail, write_atomically
+from tqdm import tqdm
+
+from plumbing.common import fail, first_line, write_atomically
 
 
 def as_lines(records):
@@ -21,18 +23,34 @@ def by_question(records):
 
 
 def read(path):
-    """A file of responses -> {set: records}; a line cut short by a crash is ignored."""
-    sets = {}
+    """A file of responses -> {set: records}; a file without sets, as the released evaluation writes
+    it, is one set that is called after the file.
+
+    Lines that cannot be read, such as one cut short by a crash, are counted in a warning. Ends with
+    a sentence if the file, or every line of it, cannot be read.
+    """
+    sets, unread = {}, []
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror})")
-    for line in lines:
+        # Not splitlines: other characters than a line feed, such as U+2028, are part of a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read ({first_line(error)})")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            wanted = {key: record[key] for key in ("id", "predict", "label")}
+        except (json.JSONDecodeError, TypeError, KeyError):
+            unread.append(number)
             continue
-        sets.setdefault(record["split"], []).append(record)
+        record |= {"predict": wanted["predict"] or "", "label": str(wanted["label"])}
+        sets.setdefault(record.get("split") or Path(path).stem, []).append(record)
+    if unread and not sets:
+        fail(f"{path} holds no line with id, predict and label")
+    if unread:
+        count = f"{len(unread)} of {len(lines)} lines of {path} cannot be read"
+        tqdm.write(f"warning: {count}, the first is line {unread[0]}")
     return sets
 
 

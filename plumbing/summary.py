@@ -1,5 +1,6 @@
 """What the responses to sets of questions come to: avg@n, averages over sets, a table."""
 
+import math
 import random
 
 from plumbing.responses import by_question
@@ -15,15 +16,17 @@ def summarise(records, resamples=1000):
     boots = [sum(draw.choices(means, k=len(means))) / len(means) for _ in range(resamples)]
     boots.sort()
     followed = [r["followed"] for r in records if "followed" in r]  # of the toy's wrong hints
-    mean = {k: sum(r[k] for r in records) / len(records) for k in ("format", "finished", "tokens")}
+    # Of what every record has: other programs' files do not say all of it.
+    known = [k for k in ("format", "finished", "tokens") if all(k in r for r in records)]
+    mean = {k: sum(r[k] for r in records) / len(records) for k in known}
     return {
         "accuracy": sum(means) / len(means),
         "low": boots[int(0.025 * resamples)],
         "high": boots[int(0.975 * resamples)],
         "pass": sum(max(v) == 1 for v in questions.values()) / len(questions),
-        "format": mean["format"],
-        "cut_off": 1 - mean["finished"],
-        "tokens": mean["tokens"],
+        "format": mean.get("format", math.nan),
+        "cut_off": 1 - mean.get("finished", math.nan),
+        "tokens": mean.get("tokens", math.nan),
         "questions": len(means),
         "n": len(records) // len(means),
         **({"followed": sum(followed) / len(followed)} if followed else {}),

@@ -9,8 +9,9 @@ import torch
 from conftest import command
 
 from eval import record as line_of
-from plumbing.compare import paired_test, relative_gain
+from plumbing.compare import compare, paired_test, relative_gain, rescore
 from plumbing.data import Example
+from plumbing.responses import read
 from plumbing.sources import BENCHMARKS
 from plumbing.summary import macro, summarise, table
 from rollout import Rollout
@@ -246,3 +247,41 @@ def test_following_a_wrong_hint_is_counted_where_there_is_one():
     tables = [table({"set": summarise(rows)}) for rows in ([followed, ignored], [right])]
     assert "50.0%" in tables[0][1] and "wrong hint" in tables[0][0]
     assert "wrong hint" not in tables[1][0]
+
+
+def written(path, records):
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
+    return path
+
+
+def test_the_released_evaluations_files_are_rescored(tmp_path):
+    """idx, id, prompt, predict and label, no set and no grade; a text with a line separator in it,
+    and a response that is null."""
+    said = "<think>a\u2028b</think> \\boxed{3}"
+    records = [
+        {"idx": i, "id": f"q{i // 2}", "prompt": "?", "predict": said, "label": 3} for i in range(4)
+    ]
+    records[3]["predict"] = None
+    file = written(tmp_path / "released.jsonl", records)
+    with pytest.raises(SystemExit, match="not graded; eval.py --rescore grades them"):
+        compare(file, file, tmp_path / "chart.png")
+    lines = rescore(file, tmp_path / "graded.jsonl")
+    assert any(line.startswith("released") and " 75.0" in line for line in lines)
+    graded = read(tmp_path / "graded.jsonl")["released"]
+    assert [r["accuracy"] for r in graded] == [1, 1, 1, 0] and graded[0]["predict"] == said
+    compare(tmp_path / "graded.jsonl", tmp_path / "graded.jsonl", tmp_path / "chart.png")
+
+
+def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
+    good = {"id": "q", "predict": "3", "label": "3"}
+    file = written(tmp_path / "some.jsonl", [good, {"id": "q"}, [1], good])
+    with open(file, "a") as f:
+        f.write('\n{"id": "q", "pre')
+    assert len(read(file)["some"]) == 2
+    said = capsys.readouterr()
+    assert "3 of 5 lines" in said.out + said.err and "line 2" in said.out + said.err
+    with pytest.raises(SystemExit, match="no line with id, predict and label"):
+        read(written(tmp_path / "none.jsonl", [{"id": "q"}]))
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        read(tmp_path / "latin.jsonl")

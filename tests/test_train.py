@@ -453,3 +453,37 @@ def test_the_first_updates_ratio_is_exactly_one(tmp_path, folder, monkeypatch):
     module.train_step(parts, module.Progress())
     assert len(ratios) == 4
     assert all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
+
+
+# -------------------------------------------------------------------------- whose folders these are
+
+
+def files_of(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def test_only_what_the_run_wrote_is_deleted_or_continued(tmp_path):
+    """A user's copies and folders beside the run's own checkpoints."""
+    out = tmp_path / "run"
+    train(out, "--steps", 2, "--save_every", 1, "--keep", 1)
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-2-best")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-1.bak")
+    for empty in ("checkpoint-3", "checkpoint-9", "checkpoint-x"):
+        (out / empty).mkdir()
+        (out / empty / "mine").touch()
+    done = train(out, "--steps", 3, "--save_every", 1, "--keep", 1, "--resume")
+    assert "checkpoint-9 is no whole checkpoint of a run, and is left alone" in done
+    kept = [name for name in files_of(out) if name.startswith("checkpoint")]
+    mine = ["checkpoint-1.bak", "checkpoint-2-best", "checkpoint-3-set-aside", "checkpoint-9"]
+    assert kept == sorted([*mine, "checkpoint-3", "checkpoint-x"])
+    assert files_of(out / "checkpoint-3-set-aside") == ["mine"]
+    assert [m["step"] for m in metrics(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["file/run", "link", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(where, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    cfg = resolve({"model": "toy", "out": str(tmp_path / where)}, False)[0]
+    with pytest.raises(SystemExit, match="cannot be written .*; give another --out"):
+        checkpoint.open_folder(tmp_path / where, cfg, print)
