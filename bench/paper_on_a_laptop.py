@@ -139,9 +139,9 @@ class Runs:
             "series": {k: v for k, v in digits.items() if any(x is not None for x in v)},
         }
 
-    def after(self, flags, seeds, split="vision", what="accuracy"):
-        """Per cent on a test split after training, one number a seed."""
-        return [100 * self.done[flags, seed]["after"][split][what] for seed in seeds]
+    def after(self, flags, seeds, split="vision", what="accuracy", when="after"):
+        """Per cent on a test split after training, or before, one number a seed."""
+        return [100 * self.done[flags, seed][when][split][what] for seed in seeds]
 
 
 def interval(values):
@@ -440,15 +440,24 @@ def page(all_claims, runs, folder):
 
 
 def arms_table(claim, runs):
-    """What each arm of a claim arrived at, as lines of a table."""
+    """Where the arms of a claim began, if in one place, and what each arrived at, as a table."""
+
+    def numbers(flags, when):
+        """One list a column, one number a seed."""
+        splits = [(split, "accuracy") for split in claim.splits] + [("vision", "followed")]
+        return [runs.after(flags, claim.seeds, *column, when) for column in splits]
+
     heads = [*claim.splits, "wrong hints followed", f"{claim.splits[0]}, seed by seed"]
     lines = [f"| arm | command | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
-    for label, flags in claim.arms.items():
-        values = [runs.after(flags, claim.seeds, split) for split in claim.splits]
-        values.append(runs.after(flags, claim.seeds, what="followed"))
+    rows = [(label, f"`train.py {flags}`", flags, "after") for label, flags in claim.arms.items()]
+    starts = [numbers(flags, "before") for flags in claim.arms.values()]
+    if all(start == starts[0] for start in starts):
+        rows.insert(0, ("before training", "", rows[0][2], "before"))
+    for label, command, flags, when in rows:
+        values = numbers(flags, when)
         cells = [f"{statistics.mean(x):.1f}" for x in values]
         cells.append(" ".join(f"{x:.1f}" for x in values[0]))
-        lines.append(f"| {label} | `train.py {flags}` | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {command} | {' | '.join(cells)} |")
     return lines
 
 
