@@ -163,6 +163,12 @@ WORD = (
     rf"| {LETTERS.pattern})(?![a-z])(?: ?\^ ?\(?\d\)?)?"
 )
 UNIT = re.compile(rf"(.*(?:[\d)]|pi)) ?(%|{WORD}(?: ?/ ?[a-z]+(?: ?\^ ?\(?\d\)?)?|{WORD})*)")
+# Words behind a number that make another number of it: no units.
+FACTOR = re.compile(
+    r"\b(?:pairs?|dozens?|scores?|gross|trillions?|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|billion)ths?|squared|cubed"
+    r"|factorial|plus|minus|over|divided|modulo|mod|power|root|not)\b"
+)
 DATE = re.compile(r"\d-\d\d?-\d")  # not a subtraction
 # One choice, perhaps with its text: (a), a. or a: and then no other choice.
 CHOICE = re.compile(
@@ -292,7 +298,7 @@ def same_quantity(a, b):
         for u in (unit, other)
     )
     tidy = [re.sub(r"[ ()]|(?<=\w\w\w)s$", "", u.replace(" per ", "/")) for u in (unit, other)]
-    if tidy[0] and tidy[1] and tidy[0] != tidy[1] or re.search(r"\bnot\b", f"{unit} {other}"):
+    if tidy[0] != tidy[1] and (tidy[0] and tidy[1] or FACTOR.search(f"{unit} {other}")):
         return False
     if (
         LETTERS.search(a) or LETTERS.search(b) or DATE.search(a) or a.isalpha() and b.isalpha()
@@ -325,11 +331,29 @@ def equal_values(a, b, ratio=False):
             v: sympy.Rational((37 * k + 17 * i) % 101 + 23, 53) * (-1) ** (k >> i % 2)
             for i, v in enumerate(names)
         }
-        pairs.append((complex(x.subs(at)), complex(y.subs(at))))
+        pairs.append((value(x.subs(at)), value(y.subs(at))))
     u, v = pairs[0] if ratio else (1, 1)
-    return u != 0 != v and all(
-        abs(p * v - q * u) <= 1e-11 * max(abs(p * v), abs(q * u)) + 1e-14 for p, q in pairs
-    )
+    return u != 0 != v and all(close(p * v, q * u) for p, q in pairs)
+
+
+def value(expression):
+    """A formula without variables as a number of 20 digits. Raises ValueError for what is none.
+
+    Terms that cancel leave something tiny; it is 0 if it changes with the digits one computes with.
+    """
+    import sympy
+
+    number = expression.evalf(20, maxn=100)
+    if not number.is_finite:
+        raise ValueError(f"not a number: {expression}")
+    if number != 0 and abs(number) < 1e-50:
+        return number if close(number, expression.evalf(20, maxn=300)) else sympy.Integer(0)
+    return number
+
+
+def close(p, q):
+    """Are two numbers the same but for a relative error, at any size?"""
+    return bool(abs(p - q) <= 1e-11 * max(abs(p), abs(q)))
 
 
 def formula(text):

@@ -14,6 +14,7 @@ from mathruler.grader import extract_boxed_content, grade_answer
 import reward
 from plumbing import answers
 from plumbing import grader as grading_workers
+from plumbing.answers import verdict
 from plumbing.grader import Grader
 from reward import boxed, compute_score
 
@@ -297,3 +298,34 @@ def test_a_worker_ends_with_its_run():
 def test_two_thousand_responses_are_graded_soon():
     seconds, accuracy, timeouts = timed(2000)  # 1.6 s on 2 cores; the margin is for a busy machine
     assert seconds < 30 and 0.4 < accuracy < 0.6 and timeouts == 0
+
+
+# Answers of any size compare by relative error, and a word that makes another number is no unit: a
+# policy learns what is forgiven.
+FORGIVEN = [
+    ("2\\pi \\times 10^{-16}", "\\pi \\times 10^{-16}", False),
+    ("e^{-99}", "1.6\\times10^{-19}", False),
+    ("\\pi^{-99}", "6.63 \\times 10^{-34}", False),
+    ("2x\\times10^{-19}", "x\\times10^{-19}", False),
+    ("\\frac{h}{4\\pi}\\times10^{-34}", "\\frac{h}{2\\pi}\\times10^{-34}", False),
+    ("e^{-50}", "0", False),
+    ("e^{-400}", "0", False),
+    ("\\pi\\times10^{-300}", "e\\times10^{-300}", False),
+    ("\\sin^2 x+\\cos^2 x-1+10^{-60}", "0", False),
+    ("\\frac{1}{0}", "5", False),
+    ("2\\sqrt{2}\\times10^{-19}", "\\sqrt{8}\\times10^{-19}", True),
+    ("\\sin^2 x+\\cos^2 x-1", "0", True),
+    ("\\sin(\\pi)", "0", True),
+    ("(1+i)^2", "2i", True),
+    *[(f"5 {word}", "5", False) for word in "dozen tenths squared factorial halves gross".split()],
+    ("5 million", "5", False),
+    ("5 dozen", "5 dozen", True),
+    ("5 dozen", "5 dozen eggs", False),
+    ("5 apples", "5", True),
+    ("5 cm", "5", True),
+]
+
+
+@pytest.mark.parametrize("given, truth, right", FORGIVEN)
+def test_nothing_is_forgiven_that_makes_another_number(given, truth, right):
+    assert verdict(given, truth) == verdict(truth, given) == right
