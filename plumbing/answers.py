@@ -172,8 +172,8 @@ FACTOR = re.compile(
 DATE = re.compile(r"\d-\d\d?-\d")  # not a subtraction
 # One choice, perhaps with its text: (a), a. or a: and then no other choice.
 CHOICE = re.compile(
-    r"(?:\(([a-h])\)|([a-h])[.)]|([a-h]):(?= )|([a-h])$)"
-    r"(?: *(?![a-h]$|.*(?:\([a-h]\)|\b[a-h][.)]))(-?[\w(«\\.].*))?"
+    r"(?:\(([a-j])\)|([a-j])[.)]|([a-j]):(?= )|([a-j])$)"
+    r"(?: *(?![a-j]$|.*(?:\([a-j]\)|\b[a-j][.)]))(-?[\w(«\\.].*))?"
 )
 # x, x_1, f(x), area of abc.
 NAME = re.compile(r"[a-z][a-z ]*(?:_?\d|_\(\w+\))?'* *(?:\([a-z, ]*\))?")

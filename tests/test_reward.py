@@ -329,3 +329,21 @@ FORGIVEN = [
 @pytest.mark.parametrize("given, truth, right", FORGIVEN)
 def test_nothing_is_forgiven_that_makes_another_number(given, truth, right):
     assert verdict(given, truth) == verdict(truth, given) == right
+
+
+@pytest.mark.parametrize(
+    "given, truth, right",
+    [
+        ("J. 5 cm", "J", True),
+        ("I: 5", "I", True),
+        ("(J) 5", "J", True),
+        ("(J)", "J", True),
+        ("J. 5", "I", False),
+        ("A. 5", "J", False),
+        ("I or J", "I", False),
+        ("i", "j", False),
+    ],
+)
+def test_there_are_ten_options(given, truth, right):
+    """MMMU-Pro's options go from A to J."""
+    assert answers.verdict(given, truth) == right
