@@ -75,9 +75,11 @@ RULES = [
     (r"(?<=\d) +(?=\d{3}(?![\d/.]))", ""),
     (r"\^ *(?:\{ *\\circ *\}|\\circ)|\\degree", " degree "),
     (r"\\%| ?\bpercent\b", "%"),
-    # A set; other braces only group.
+    # A set, also one without backslashes if it is the whole answer; other braces only group.
+    (r"^ *\{([^{}]*,[^{}]*)\} *$", r"\\{\1\\}"),
     (r"(?<!\\)\\\{|\\lbrace", "«"),
     (r"(?<!\\)\\\}|\\rbrace", "»"),
+    (r"« *»", "∅"),
     (
         r"\\begin *\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\ *)?\\end *\{\1\}",
         _matrix,

@@ -347,3 +347,20 @@ def test_nothing_is_forgiven_that_makes_another_number(given, truth, right):
 def test_there_are_ten_options(given, truth, right):
     """MMMU-Pro's options go from A to J."""
     assert answers.verdict(given, truth) == right
+
+
+@pytest.mark.parametrize(
+    "given, truth, right",
+    [
+        ("{1,2}", "\\{1,2\\}", True),
+        ("\\{1,2\\}", "{2,1}", True),
+        ("{1,2}", "\\{1,3\\}", False),
+        ("{1,2}", "(1,2)", False),
+        ("\\{\\}", "\\emptyset", True),
+        ("{1,000}", "1000", True),
+        ("{3}", "3", True),
+        ("1{,}000", "1000", True),
+    ],
+)
+def test_braces_around_a_whole_answer_with_commas_are_a_set(given, truth, right):
+    assert answers.verdict(given, truth) == right
