@@ -72,11 +72,12 @@ def compute_score(response, truth, grader=None, kind="official"):
 
 
 def boxed(text):
-    """The content of the last \\boxed{...} with balanced braces, stripped; None without one."""
+    """The content of the last \\boxed{...} with balanced braces, stripped; None without one. As in
+    LaTeX, \\{ and \\} are signs, and do not count as braces."""
     start, depth = text.rfind("\\boxed{"), 0
-    for brace in re.finditer(r"[{}]", text[start:]) if start >= 0 else ():
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
+    for brace in re.finditer(r"\\[{}\\]|[{}]", text[start:]) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
             return text[start + len("\\boxed{") : start + brace.start()].strip()
     return None
 

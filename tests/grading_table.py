@@ -581,4 +581,5 @@ BOXES = [  # (response, what its box holds or None, why)
     ("\\boxed{\\text{A}}", "\\text{A}", "text"),
     ("\\boxed{1\n2}", "1\n2", "two lines"),
     ("\\boxed{{{3}}}", "{{3}}", "many braces"),
+    ("\\boxed{1 \\\\{2}}", "1 \\\\{2}", "a line break, and then a brace"),
 ]

@@ -364,3 +364,10 @@ def test_there_are_ten_options(given, truth, right):
 )
 def test_braces_around_a_whole_answer_with_commas_are_a_set(given, truth, right):
     assert answers.verdict(given, truth) == right
+
+
+def test_a_brace_that_is_only_a_sign_does_not_count():
+    """As in LaTeX; the released code counts it, and finds no box here."""
+    system = "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."
+    assert boxed(f"so \\boxed{{{system}}}") == system
+    assert boxed("\\boxed{1\\}") is None
