@@ -24,8 +24,12 @@ CODE = re.compile(r"_.*_|\\_|[A-Za-z_]\w*\W*\.\W*[A-Za-z_]|lambda|import|eval|ex
 SYMBOLS = {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # （１） is (1)
 SYMBOLS |= dict.fromkeys("\u200b£€¥")
 SYMBOLS |= dict(zip("−–—×·⋅÷。、\u00a0\u3000\n\t", "---***/.,    "))
-SYMBOLS |= {"√": r"\sqrt ", "π": r"\pi ", "θ": r"\theta ", "°": r"^\circ ", "²": "^2", "³": "^3"}
-SYMBOLS |= {"½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
+SYMBOLS |= {"√": r"\sqrt ", "π": r"\pi ", "θ": r"\theta ", "°": r"^\circ ", "º": r"^\circ "}
+SYMBOLS |= {"˚": r"^\circ ", "∠": r"\angle "}
+SYMBOLS |= {"℃": r"^\circ C", "℉": r"^\circ F"}
+SYMBOLS |= {"½": r"\frac12", "⅓": r"\frac13", "¼": r"\frac14", "⅕": r"\frac15", "⅙": r"\frac16"}
+SYMBOLS |= {"⅛": r"\frac18", "⅔": r"\frac23", "¾": r"\frac34", "⅖": r"\frac25", "⅗": r"\frac35"}
+SYMBOLS |= {"⅘": r"\frac45", "⅚": r"\frac56", "⅜": r"\frac38", "⅝": r"\frac58", "⅞": r"\frac78"}
 SYMBOLS = str.maketrans(SYMBOLS)
 SIGNS = [
     ("cdot|times|ast", "*"),
@@ -63,8 +67,22 @@ def _matrix(m):
     return "[" + ",".join(f"({row})" for row in m[2].replace("&", ",").split("\\\\")) + "]"
 
 
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
+
+
+def _script(sign, plain):
+    """A rule for characters above or below the line: x⁻² is x^{-2}, x₁ is x_{1}."""
+    becomes = lambda m: f"{sign}{{{''.join(plain[c] for c in m[0])}}}"  # noqa: E731
+    return (f"[{''.join(plain)}]+", becomes)
+
+
 # (what, becomes), in this order, on LaTeX as it was written.
 RULES = [
+    _script("^", RAISED),
+    _script("_", LOWERED),
+    # 3 x 10^5, with the letter for the sign.
+    (r"(?<=\d) *[xX] *(?=10 *\^)", "*"),
     # Words in each other, such as \text{\textbf{5}}.
     *[(rf"\\(?:{TEXT}) *\{{([^{{}}]*)\}}", r" \1 ")] * 3,
     # What only changes how it looks.

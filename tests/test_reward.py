@@ -371,3 +371,27 @@ def test_a_brace_that_is_only_a_sign_does_not_count():
     system = "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."
     assert boxed(f"so \\boxed{{{system}}}") == system
     assert boxed("\\boxed{1\\}") is None
+
+
+@pytest.mark.parametrize(
+    "given, truth, right",
+    [
+        ("5×10⁴", "50000", True),
+        ("10⁻³", "0.001", True),
+        ("10⁻³", "0.01", False),
+        ("x⁴", "x^4", True),
+        ("x₁", "x_1", True),
+        ("x₁", "x_2", False),
+        ("⅓", "1/3", True),
+        ("30˚", "30^\\circ", True),
+        ("∠A=30°", "30", True),
+        ("20℃", "20", True),
+        ("3 x 10^5", "300000", True),
+        ("3x10^5", "3 \\times 10^5", True),
+        ("3 x 10^5", "3 \\times 10^6", False),
+        ("3x", "3", False),
+        ("3x^2", "3", False),
+    ],
+)
+def test_characters_that_are_written_outside_latex(given, truth, right):
+    assert answers.verdict(given, truth) == right
