@@ -26,8 +26,8 @@ def read(path):
     """A file of responses -> {set: records}; a file without sets, as the released evaluation writes
     it, is one set that is called after the file.
 
-    Lines that cannot be read, such as one cut short by a crash, are counted in a warning. Ends with
-    a sentence if the file, or every line of it, cannot be read.
+    Lines that cannot be read are counted in a warning, but for a last one that a crash cut short.
+    Ends with a sentence if the file, or every line of it, cannot be read.
     """
     sets, unread = {}, []
     try:
@@ -42,7 +42,7 @@ def read(path):
             record = json.loads(line)
             wanted = {key: record[key] for key in ("id", "predict", "label")}
         except (json.JSONDecodeError, TypeError, KeyError):
-            unread.append(number)
+            unread += [number] if number < len(lines) else []
             continue
         record |= {"predict": wanted["predict"] or "", "label": str(wanted["label"])}
         sets.setdefault(record.get("split") or Path(path).stem, []).append(record)

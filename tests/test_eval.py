@@ -279,9 +279,9 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
         f.write('\n{"id": "q", "pre')
     assert len(read(file)["some"]) == 2
     said = capsys.readouterr()
-    assert "3 of 5 lines" in said.out + said.err and "line 2" in said.out + said.err
+    assert "2 of 5 lines" in said.out + said.err and "line 2" in said.out + said.err
     with pytest.raises(SystemExit, match="no line with id, predict and label"):
-        read(written(tmp_path / "none.jsonl", [{"id": "q"}]))
+        read(written(tmp_path / "none.jsonl", [{"id": "q"}] * 2))
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(SystemExit, match="cannot be read"):
         read(tmp_path / "latin.jsonl")
