@@ -73,7 +73,10 @@ LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
 
 def _script(sign, plain):
     """A rule for characters above or below the line: x⁻² is x^{-2}, x₁ is x_{1}."""
-    becomes = lambda m: f"{sign}{{{''.join(plain[c] for c in m[0])}}}"  # noqa: E731
+
+    def becomes(m):
+        return f"{sign}{{{''.join(plain[c] for c in m[0])}}}"
+
     return (f"[{''.join(plain)}]+", becomes)
 
 

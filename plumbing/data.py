@@ -9,6 +9,7 @@ neither torchvision nor a video processor.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from PIL import Image
@@ -46,6 +47,13 @@ class Prompt:
     grid: torch.Tensor | None  # (K, 3) patches along t, h, w
 
 
+@cache
+def control_tokens(tok):
+    """The spellings that a tokenizer takes for one of its control tokens; listed once, since every
+    row of a data set is held against them."""
+    return [t.content for t in tok.added_tokens_decoder.values() if t.special]
+
+
 def prompt_text(example, tok, tokens):
     """The chat in which the problem is the user's turn, as text.
 
@@ -59,8 +67,7 @@ def prompt_text(example, tok, tokens):
             f"example {example.id}: {len(parts) - 1} {IMAGE} placeholders but "
             f"{len(example.images)} pictures; the text needs one placeholder for each picture"
         )
-    control = [t.content for t in tok.added_tokens_decoder.values() if t.special]
-    if found := [token for token in control if token in example.problem]:
+    if found := [token for token in control_tokens(tok) if token in example.problem]:
         raise ValueError(
             f"example {example.id}: the problem contains {found[0]}, which is no text to this model"
         )

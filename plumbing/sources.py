@@ -133,7 +133,7 @@ class Rows:
                     known.append((index, len(texts), sum(sizes) - len(sizes)))
                     texts.append(text)
                 except ValueError as error:
-                    found[index] = re.sub(r"^example \S+: ", "", str(error))
+                    found[index] = re.sub(r"^example .*?: ", "", str(error))
             ids = tok(texts, add_special_tokens=False)["input_ids"] if texts else []
             for index, k, more in known:
                 n = len(ids[k]) + more
