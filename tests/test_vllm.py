@@ -134,7 +134,7 @@ def test_samples_have_a_name(engine, prompts):
 def test_more_prompts_than_fit_into_one_step_of_the_engine(engine, trainer, prompts):
     """Prompts that are prefilled in chunks would end the CPU build here."""
     many = [
-        replace(p, ids=torch.cat([p.ids[:-2], p.ids[-12:-2].repeat(10), p.ids[-2:]]))
+        replace(p, ids=torch.cat([p.ids[:-2], p.ids[-12:-2].repeat(12), p.ids[-2:]]))
         for p in prompts * 4
     ]
     assert sum(len(p.ids) for p in many) * 4 > 2 * 8192
