@@ -31,7 +31,7 @@ class Rollout:
     tokens: list  # (n,) int64 each, EOS inside when finished
     logprobs: list  # (n,) float32 each, of the sampled tokens, before the nucleus
     finished: list  # bool: ended by itself; False: cut off at the limit
-    texts: list  # decoded, special tokens left out
+    texts: list  # decoded, special tokens left out, from the <think> that the prompt may end with
 
 
 class Sampler:
@@ -52,6 +52,9 @@ class Sampler:
             refuse(p, f"{len(p.ids)} prompt tokens are more than --max_prompt_tokens {longest}")
         chosen, named = [prompts[i] for i in fits], [names[i] for i in fits]
         done = self._generate(chosen, n, named, limit or self.cfg.max_response_tokens)
+        for prompt, rollout in zip(chosen, done):
+            if rollout is not None:
+                rollout.texts = [prompt.opening + text for text in rollout.texts]
         rollouts = dict(zip(fits, done))
         return [rollouts.get(i) for i in range(len(prompts))]
 

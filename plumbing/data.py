@@ -8,6 +8,7 @@ placeholder is expanded here, with the tokenizer and the image processor alone, 
 neither torchvision nor a video processor.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -25,6 +26,9 @@ INSTRUCTION = (
     "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
     "</think>, then give the final answer inside \\boxed{}."
 )
+
+# The chat template of a thinking model, such as Qwen3-VL-Thinking, ends with it.
+OPENED = re.compile(r"(<think>\s*)?$")
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Prompt:
     ids: torch.Tensor  # (P,) int64, image placeholders expanded
     pixels: torch.Tensor | None  # (N, D), rows in merge-block order; None without a picture
     grid: torch.Tensor | None  # (K, 3) patches along t, h, w
+    opening: str = ""  # of every response, where the chat template has written it: "<think>"
 
 
 @cache
@@ -93,7 +98,7 @@ def encode(example, tok, image_processor):
     tokens = [] if grid is None else picture_tokens(grid, image_processor)
     text = prompt_text(example, tok, tokens)
     ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])
-    return Prompt(example, ids, pixels, grid)
+    return Prompt(example, ids, pixels, grid, OPENED.search(text)[0])
 
 
 def readable(read, items):

@@ -1,5 +1,6 @@
 """What is sampled, and that the log-probs reported are those of the distribution sampled from."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -7,9 +8,12 @@ from conftest import both_families
 
 from loss import policy_logits
 from plumbing.common import generator
+from plumbing.data import encode
 from plumbing.packing import pack
 from plumbing.policy import load_vlm
+from reward import well_formed
 from rollout import TransformersSampler, nucleus
+from toy.task import ToyData
 
 
 def roll(policy, processors, cfg, prompts, n=4, **changes):
@@ -131,3 +135,19 @@ def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, p
     fresh = sampler.generate(prompts[:1], 4, names)[0]
     assert not all(torch.equal(a, b) for a, b in zip(stale.tokens, want.tokens))
     assert all(torch.equal(a, b) for a, b in zip(fresh.tokens, want.tokens))
+
+
+def test_a_think_that_the_template_opens_is_part_of_the_response(policy, processors, cfg):
+    """As with Qwen3-VL-Thinking: its prompts end with <think>, and no response begins with it."""
+    tok, image_processor = copy.deepcopy(processors[0]), processors[1]
+    example = ToyData("train", 1)[0]
+    plain = encode(example, tok, image_processor)
+    tok.chat_template = tok.chat_template.replace("assistant ", "assistant <think> ")
+    opened = encode(example, tok, image_processor)
+    assert (plain.opening, opened.opening) == ("", "<think> ")
+    assert opened.ids.tolist() == [*plain.ids.tolist(), tok.convert_tokens_to_ids("<think>")]
+    [rollout] = roll(policy, (tok, image_processor), cfg, [opened])
+    decoded = tok.batch_decode(rollout.tokens, skip_special_tokens=True)
+    assert rollout.texts == ["<think> " + text for text in decoded]
+    response = "one and two are 3 </think> \\boxed{3}"
+    assert not well_formed(response) and well_formed(opened.opening + response)
