@@ -33,6 +33,8 @@ def open_picture(picture):
         picture = picture.get("bytes") or picture.get("path") or picture.get("url")
     if not picture:
         raise OSError("there is neither bytes nor a path")
+    if isinstance(picture, int | float):
+        raise OSError(f"{picture} is a number")
     if isinstance(picture, str):
         uri = picture.startswith("data:")
         if uri or len(picture) > 200 and BASE64.fullmatch(picture):

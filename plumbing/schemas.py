@@ -21,7 +21,9 @@ def turns_of(chat):
         if not isinstance(turn, dict):
             raise ValueError("a turn of the chat is not a dict")
         role = turn.get("role") or turn.get("from") or ("user", "assistant")[k % 2]
-        content = turn["value"] if turn.get("content") is None else turn["content"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
+        if not isinstance(role, str) or content is None:
+            raise ValueError("a turn of the chat has no text, or a role that is none")
         parts = content if isinstance(content, list) else [content]
         found.append((ROLES.get(role, role), "".join(map(part_text, parts))))
     return found

@@ -57,6 +57,8 @@ def test_a_chat_is_a_question_and_its_answer(chat):
         (["red ?"], "not a dict"),
         ([turn("user", [{"type": "video"}]), SAID], "neither text nor a picture"),
         ([turn("user", 5), SAID], "neither text nor a picture"),
+        ([{"text": "red ?"}, SAID], "has no text"),
+        ([{"role": ["user"], "content": "red ?"}, SAID], "a role that is none"),
     ],
 )
 def test_a_chat_of_another_shape_is_left_out(chat, why):
