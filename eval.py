@@ -98,7 +98,10 @@ def evaluate_splits(parts, splits, n, name):
         chunks = math.ceil(questions / processes.world / CHUNK)
         plan = Plan(n, (cfg.seed, name, split), chunks=chunks, progress=processes.first)
         answers = ask(mine, plan, parts.sampler, parts.processors, grade)
-        summaries[split] = summarise(processes.gather([r for records in answers for r in records]))
+        records = processes.gather([r for records in answers for r in records])
+        if not records:
+            fail(f"{cfg.val_data}: no question of {split} can be asked; the warnings above say why")
+        summaries[split] = summarise(records)
     return summaries
 
 
@@ -188,6 +191,8 @@ def evaluate(args):
         f"{args.seed}, n = {args.n}" + (", every picture black" if args.blind else "")
     )
     print("\n".join(table({key: summarise(done[key]) for key in sets if done.get(key)})))
+    if empty := [key for key in sets if not done.get(key)]:
+        fail(f"{', '.join(empty)}: no question can be asked; the warnings above say why")
     print(f"responses: {out}")
 
 

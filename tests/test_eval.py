@@ -1,12 +1,15 @@
 """The evaluation command, and the arithmetic of its tables."""
 
+import base64
+import io
 import json
 import random
 import re
 
 import pytest
 import torch
-from conftest import command
+from conftest import SMALL, command
+from PIL import Image
 
 from eval import record as line_of
 from plumbing.compare import compare, paired_test, relative_gain, rescore
@@ -285,3 +288,21 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(SystemExit, match="cannot be read"):
         read(tmp_path / "latin.jsonl")
+
+
+def test_a_set_of_which_nothing_can_be_asked_is_a_sentence(folder, tmp_path):
+    """Its pictures are whole in their headers, which is what the check looks at, and end there."""
+    picture = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(picture, "PNG")
+    cut = base64.b64encode(picture.getvalue()[:-200]).decode()
+    row = {"problem": "<image> how many ?", "answer": "3", "images": [cut]}
+    file = tmp_path / "cut.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    flags = ["--model", folder, "--sampler", "hf", "--data", file, "--out", tmp_path / "a.jsonl"]
+    done = command("eval.py", *flags)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "error: cut: no question can be asked; the warnings above say why\n"
+    )
+    flags = ["--model", folder, *SMALL, "--steps", 1, "--data", "toy", "--val_data", file]
+    done = command("train.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 1 and "no question of test can be asked" in done.stderr
