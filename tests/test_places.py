@@ -23,6 +23,7 @@ def call(script, *flags, **kwargs):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_another_folder_and_a_read_only_checkout_with_a_space_in_its_path(tmp_path, folder):
     project, elsewhere = copy_of_the_project(tmp_path / "my papo"), tmp_path / "here"
     elsewhere.mkdir()

@@ -122,6 +122,7 @@ def same_weights(a, b):
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path):
     """SIGKILL at random moments, the moment of saving included; --resume until it ends; the weights
     are those of no kill at all."""
