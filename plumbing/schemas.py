@@ -16,6 +16,8 @@ def turns_of(chat):
     """A chat -> [(role, text)]. Turns are {"role", "content"} or {"from", "value"}; without either
     name they alternate, the user first. A content may be a list of parts, as chat templates take.
     """
+    if not isinstance(chat, list):
+        raise ValueError(f"the chat is {kind(chat)}; a list of turns is needed")
     found = []
     for k, turn in enumerate(chat):
         if not isinstance(turn, dict):

@@ -55,6 +55,8 @@ def test_a_chat_is_a_question_and_its_answer(chat):
         ([USER, SAID, USER, SAID], "user, assistant, user, assistant"),
         ([USER, turn("tool", "3")], "user, tool"),
         (["red ?"], "not a dict"),
+        (True, "the chat is of type bool"),
+        (0.5, "the chat is of type float"),
         ([turn("user", [{"type": "video"}]), SAID], "neither text nor a picture"),
         ([turn("user", 5), SAID], "neither text nor a picture"),
         ([{"text": "red ?"}, SAID], "has no text"),
