@@ -100,11 +100,11 @@ class Rows:
 
     def locate(self, picture):
         """A relative path becomes one from root, if the file is there."""
-        path = picture if isinstance(picture, str) else None
+        path = picture
         if isinstance(picture, dict) and not picture.get("bytes"):
             path = picture.get("path")
         try:
-            found = path and (self.root / path).exists()
+            found = isinstance(path, str) and path and (self.root / path).exists()
         except OSError:  # base64 text, too long for a path
             found = False
         return str(self.root / path) if found else picture

@@ -3,13 +3,14 @@
 import base64
 import io
 import json
+import random
 import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from plumbing.data import encode
+from plumbing.data import encode, prompt_text
 from plumbing.pictures import rgb, tokens_from_header
 from plumbing.schemas import answer_of, pictures_of, problem_of, question_of
 from plumbing.sources import Rows
@@ -26,6 +27,7 @@ def turn(role, content, names=("role", "content")):
     return dict(zip(names, (role, content)))
 
 
+PICTURE = encoded()
 USER, SAID = turn("user", "<image> red ?"), turn("assistant", "3")
 PARTS = [{"type": "image", "text": None}, {"type": "text", "text": " red ?"}]
 
@@ -246,3 +248,50 @@ def test_a_column_of_single_pictures_with_a_broken_one(tmp_path, processors):
     rows, found = faults(tmp_path / "rows.parquet", processors)
     assert list(found) == [1, 2]
     assert len(encode(rows[3], *processors).pixels) == 16
+
+
+def random_value(rng, depth=0):
+    """Anything that a column of a JSON or parquet file may hold."""
+    plain = [
+        "",
+        "3",
+        "<image> red ?",
+        "a.png",
+        "<|im_end|>",
+        0,
+        -5,
+        10**30,
+        0.5,
+        float("nan"),
+        True,
+    ]
+    plain += [None, b"", PICTURE, PICTURE[:-20], b"hello"]
+    what = rng.random()
+    if depth > 3 or what < 0.5:
+        return rng.choice(plain)
+    if what < 0.7:
+        return [random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+    names = "role content from value bytes path url text type ground_truth".split()
+    return {rng.choice(names): random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))}
+
+
+def test_rows_of_random_types_are_read_or_left_out(tmp_path, processors):
+    """Only a ValueError leaves a row out; any other error would end a run."""
+    plain, chat = tmp_path / "plain.jsonl", tmp_path / "chat.jsonl"
+    plain.write_text(json.dumps({"problem": "red ?", "answer": "3", "images": []}))
+    chat.write_text(json.dumps({"messages": [USER, SAID], "images": []}))
+    sets, rng, read = [Rows(str(plain), "train"), Rows(str(chat), "train")], random.Random(0), 0
+    for trial in range(1000):
+        columns = ("problem", "answer", "images", "contrast", "messages")
+        row = {name: random_value(rng) for name in columns}
+        row |= {"images": []} if trial % 2 else {"problem": "<image> red ?", "messages": [USER]}
+        for rows in sets:
+            try:
+                example = rows.example(0, row)
+                sizes = [tokens_from_header(p, processors[1]) for p in example.images]
+                prompt_text(example, processors[0], sizes)
+                encode(example, *processors)
+                read += 1
+            except ValueError as error:
+                assert "\n" not in str(error)
+    assert read > 50
