@@ -23,7 +23,9 @@ LONGEST = 300  # characters; what is longer is not an answer
 MEMORY = 4 << 30  # bytes that a worker may take
 WATCH = 0.05  # seconds between two looks at a worker's memory
 PLAIN = re.compile(r"-?\d{1,15}|[A-Za-z]{1,20}")  # compared as text: nothing to parse
-WORKER = Path(__file__).with_name("answers.py")
+PROJECT = Path(__file__).resolve().parent.parent
+# The project comes last on the path, so that its names hide no other package's.
+WORKER = "import sys; sys.path.append(sys.argv[1]); from plumbing.answers import work; work()"
 
 
 class Grader:
@@ -86,8 +88,8 @@ class Grader:
 
 def _start():
     """A worker that has its imports behind it: they are not on the clock."""
-    # -P: the worker's own folder must not hide other packages of the same names.
-    command = [sys.executable, "-P", str(WORKER), "--worker"]
+    # -P: neither must the folder that the run was started in.
+    command = [sys.executable, "-P", "-c", WORKER, str(PROJECT)]
     pipe = subprocess.PIPE
     worker = subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
@@ -95,8 +97,8 @@ def _start():
     if worker.stdout.readline() != "ready\n":
         _stop(worker)
         raise RuntimeError(
-            f"the grader does not start; `python -P {WORKER} --worker` says why "
-            "(is mathruler installed?)"
+            f"the grader does not start; `python -c 'import plumbing.answers, sympy'` in {PROJECT} "
+            "says why"
         )
     return worker
 

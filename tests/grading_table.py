@@ -531,7 +531,7 @@ TABLE = [
     ("5 \\mathrm{~m} / \\mathrm{s}", "5", True, "speed"),
     ("9.8 m/s^2", "9.8 m/s", False, "other unit"),
     ("3i", "3", False, "imaginary"),
-    ("2x+1=0", "x=-\\frac12", True, "rearranged"),
+    ("2x+1=0", "x=-\\frac12", False, "the question, not solved"),
     ("x+y", "xy", False, "sum or product"),
     ("x_{1}=1, x_{2}=2", "1, 2", True, "names"),
     ("3+", "3", False, "cut off"),

@@ -97,7 +97,9 @@ def test_readme_leads_to_every_equation_in_one_hop():
         assert node.lineno <= source[: source.index(line)].count("\n") + 1 <= node.end_lineno
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/differences.md", "docs/data.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/differences.md", "docs/data.md", "docs/grader.md"]
+)
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
     for name, function in re.findall(r"`((?:plumbing/|toy/|bench/)?\w+\.py)`, `(\w+)`", text):

@@ -85,7 +85,7 @@ def test_a_short_training_without_what_only_linux_has(tmp_path, folder):
     assert len(metrics) == 2 and all(m["host_memory_gb"] > 0.1 for m in metrics)
     assert all(m["accuracy"] > 0 for m in metrics)  # answers are still graded
     started = log.read_text()
-    assert "train.py" in started and "answers.py --worker" in started  # the workers lacked it too
+    assert "train.py" in started and "plumbing.answers" in started  # the workers lacked it too
 
 
 @pytest.mark.parametrize("local, expected", [("2", "lo0"), ("1", None)])

@@ -14,8 +14,8 @@ from mathruler.grader import extract_boxed_content, grade_answer
 import reward
 from plumbing import answers
 from plumbing import grader as grading_workers
-from plumbing.answers import verdict
 from plumbing.grader import Grader
+from plumbing.latex import flatten
 from reward import boxed, compute_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
@@ -103,7 +103,7 @@ def test_a_timeout_is_counted_and_the_next_answer_is_graded():
 
 
 def test_a_grader_that_cannot_start_says_so(monkeypatch):
-    monkeypatch.setattr(grading_workers, "WORKER", Path("/nowhere/answers.py"))
+    monkeypatch.setattr(grading_workers, "WORKER", "import nowhere")
     with pytest.raises(RuntimeError, match="does not start"):
         Grader().equal("a+b", "b+a+0")
 
@@ -218,7 +218,7 @@ def test_an_answer_is_never_executed(text, tmp_path, monkeypatch, grader):
 def test_no_function_of_sympy_or_python_is_called_by_name(call):
     assert not answers.verdict(call, "x=3") and not answers.verdict("2x=6", call)
     with pytest.raises(ValueError):
-        answers.formula(answers.normalise(call))
+        answers.formula(answers.cased(flatten(call)))
 
 
 @pytest.mark.parametrize(
@@ -300,82 +300,8 @@ def test_two_thousand_responses_are_graded_soon():
     assert seconds < 30 and 0.4 < accuracy < 0.6 and timeouts == 0
 
 
-# Answers of any size compare by relative error, and a word that makes another number is no unit: a
-# policy learns what is forgiven.
-FORGIVEN = [
-    ("2\\pi \\times 10^{-16}", "\\pi \\times 10^{-16}", False),
-    ("e^{-99}", "1.6\\times10^{-19}", False),
-    ("\\pi^{-99}", "6.63 \\times 10^{-34}", False),
-    ("2x\\times10^{-19}", "x\\times10^{-19}", False),
-    ("\\frac{h}{4\\pi}\\times10^{-34}", "\\frac{h}{2\\pi}\\times10^{-34}", False),
-    ("e^{-50}", "0", False),
-    ("e^{-400}", "0", False),
-    ("\\pi\\times10^{-300}", "e\\times10^{-300}", False),
-    ("\\sin^2 x+\\cos^2 x-1+10^{-60}", "0", False),
-    ("\\frac{1}{0}", "5", False),
-    ("2\\sqrt{2}\\times10^{-19}", "\\sqrt{8}\\times10^{-19}", True),
-    ("\\sin^2 x+\\cos^2 x-1", "0", True),
-    ("\\sin(\\pi)", "0", True),
-    ("(1+i)^2", "2i", True),
-    *[(f"5 {word}", "5", False) for word in "dozen tenths squared factorial halves gross".split()],
-    ("5 million", "5", False),
-    ("5 dozen", "5 dozen", True),
-    ("5 dozen", "5 dozen eggs", False),
-    ("5 apples", "5", True),
-    ("5 cm", "5", True),
-]
-
-
-@pytest.mark.parametrize("given, truth, right", FORGIVEN)
-def test_nothing_is_forgiven_that_makes_another_number(given, truth, right):
-    assert verdict(given, truth) == verdict(truth, given) == right
-
-
 def test_a_brace_that_is_only_a_sign_does_not_count():
     """As in LaTeX; the released code counts it, and finds no box here."""
     system = "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."
     assert boxed(f"so \\boxed{{{system}}}") == system
     assert boxed("\\boxed{1\\}") is None
-
-
-WRITTEN = [
-    # MMMU-Pro's options go from A to J.
-    ("J. 5 cm", "J", True),
-    ("I: 5", "I", True),
-    ("(J) 5", "J", True),
-    ("(J)", "J", True),
-    ("J. 5", "I", False),
-    ("A. 5", "J", False),
-    ("I or J", "I", False),
-    ("i", "j", False),
-    # Braces around a whole answer with commas are a set.
-    ("{1,2}", "\\{1,2\\}", True),
-    ("\\{1,2\\}", "{2,1}", True),
-    ("{1,2}", "\\{1,3\\}", False),
-    ("{1,2}", "(1,2)", False),
-    ("\\{\\}", "\\emptyset", True),
-    ("{1,000}", "1000", True),
-    ("{3}", "3", True),
-    ("1{,}000", "1000", True),
-    # Characters that are written outside LaTeX.
-    ("5×10⁴", "50000", True),
-    ("10⁻³", "0.001", True),
-    ("10⁻³", "0.01", False),
-    ("x⁴", "x^4", True),
-    ("x₁", "x_1", True),
-    ("x₁", "x_2", False),
-    ("⅓", "1/3", True),
-    ("30˚", "30^\\circ", True),
-    ("∠A=30°", "30", True),
-    ("20℃", "20", True),
-    ("3 x 10^5", "300000", True),
-    ("3x10^5", "3 \\times 10^5", True),
-    ("3 x 10^5", "3 \\times 10^6", False),
-    ("3x", "3", False),
-    ("3x^2", "3", False),
-]
-
-
-@pytest.mark.parametrize("given, truth, right", WRITTEN)
-def test_answers_as_people_write_them(given, truth, right):
-    assert answers.verdict(given, truth) == right
