@@ -16,6 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import ClassVar
 
 from loss import PERCEPTION
 from masking import MASKS
@@ -33,6 +34,13 @@ def knob(default, help, choices=None, above=None, low=None, high=None):
     """
     about = {"help": help, "choices": choices, "above": above, "low": low, "high": high}
     return field(default=default, metadata=about)
+
+
+def borrow(name, **differs):
+    """A knob of Config as a knob of another program: the same, but for what differs there."""
+    (known,) = (f for f in dataclasses.fields(Config) if f.name == name)
+    default = differs.pop("default", known.default)
+    return field(default=default, metadata={**known.metadata, **differs})
 
 
 def algorithms():
@@ -255,6 +263,12 @@ class Config:
         0.5, "how often a hint of the toy's training data is right: the shortcut", low=0, high=1
     )
 
+    # What a resumed run may change: nothing that alters the weights it arrives at.
+    free_on_resume: ClassVar = frozenset(
+        "tokens_per_forward packing activation_checkpointing cpu_offload gpu_memory_utilization "
+        "sleep resume out steps eval_every eval_questions eval_n save_every keep".split()
+    )
+
     def at_step(self, step):
         """These settings as they are at one step, counted from 0: see anneal_steps."""
         if not self.anneal_steps:
@@ -305,11 +319,6 @@ MODELS = {
     "qwen2.5-vl-7b": {},
     "qwen3-vl-2b": {},
 }
-# What a resumed run may change: nothing that alters the weights it arrives at.
-FREE_ON_RESUME = set(
-    "tokens_per_forward packing activation_checkpointing cpu_offload gpu_memory_utilization sleep "
-    "resume out steps eval_every eval_questions eval_n save_every keep".split()
-)
 
 
 def preset_of(model, data):
@@ -365,10 +374,22 @@ def resolve(flags, cuda):
     return Config(**settings), why
 
 
-def check(cfg, world_size, cuda):
-    """End with a sentence on settings that cannot work: bounds first, then what combines knobs."""
+def check_knobs(cfg, cuda):
+    """End with a sentence on knobs out of bounds, and on what no program that has them can do."""
     for f in dataclasses.fields(cfg):
         check_bounds(f.name, getattr(cfg, f.name), f.metadata)
+    if cfg.min_pixels > cfg.max_pixels:
+        fail(
+            f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "
+            "has a size between them"
+        )
+    if cfg.packing == "flat" and not cuda:
+        fail("--packing flat needs a CUDA device: FlexAttention has no backward pass on a CPU")
+
+
+def check(cfg, world_size, cuda):
+    """End with a sentence on settings that cannot work: bounds first, then what combines knobs."""
+    check_knobs(cfg, cuda)
     if cfg.group_size < 2:
         fail(
             f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
@@ -389,15 +410,8 @@ def check(cfg, world_size, cuda):
             f"{world_size} processes cannot be shared out to engines of --tensor_parallel "
             f"{cfg.tensor_parallel} each"
         )
-    if cfg.min_pixels > cfg.max_pixels:
-        fail(
-            f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "
-            "has a size between them"
-        )
     buffer = {"low": 0, "high": cfg.max_response_tokens}
     check_bounds("overlong_buffer", cfg.overlong_buffer, buffer)
-    if cfg.packing == "flat" and not cuda:
-        fail("--packing flat needs a CUDA device: FlexAttention has no backward pass on a CPU")
     if cfg.no_ref_kl and cfg.beta:
         fail(f"--no_ref_kl and --beta {cfg.beta} contradict each other; give one of them")
     if 0 < cfg.dual_clip <= 1:
@@ -420,16 +434,16 @@ def check_bounds(name, value, bounds):
         fail(f"--{name} {value}: must not be negative")
 
 
-def parser():
-    """One flag per field, named as the field."""
+PAPO = "Train a vision-language model with PAPO. Defaults depend on model and algorithm."
+
+
+def parser(settings=Config, description=PAPO):
+    """One flag per field of a program's settings, named as the field."""
     p = argparse.ArgumentParser(
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Train a vision-language model with PAPO. Defaults depend on model and "
-        "algorithm.",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, description=description
     )
     p.error = lambda message: fail(f"{message}; see --help")
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(settings):
         help, choices = f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
             p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
@@ -445,7 +459,7 @@ def same_run(cfg, path):
     changed = [
         f"{k} ({before.get(k)!r} then, {v!r} now)"
         for k, v in now.items()
-        if k not in FREE_ON_RESUME and before.get(k) != v
+        if k not in cfg.free_on_resume and before.get(k) != v
     ]
     if changed:
         fail(

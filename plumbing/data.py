@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.common import generator
+from plumbing.common import first_line, generator
 from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
 from plumbing.pictures import rgb
 
@@ -39,6 +39,7 @@ class Example:
     images: list = field(default_factory=list)
     contrast: list = field(default_factory=list)  # second pictures, one each, for --mask contrast
     tags: dict = field(default_factory=dict)  # whatever else the data set knows, for tables
+    turns: list = field(default_factory=list)  # [(role, text)]: what sft.py learns from
 
 
 @dataclass
@@ -59,43 +60,82 @@ def control_tokens(tok):
     return [t.content for t in tok.added_tokens_decoder.values() if t.special]
 
 
+def check_texts(example, texts, tok):
+    """Raises ValueError when placeholders and pictures disagree in number, and for a text in which
+    a control token is spelled: the tokenizer would take it for the real one.
+
+    texts: [(what it is, text)], all that becomes token ids of this example
+    """
+    placeholders = sum(text.count(IMAGE) for _, text in texts)
+    if placeholders != len(example.images):
+        raise ValueError(
+            f"example {example.id}: {placeholders} {IMAGE} placeholders but "
+            f"{len(example.images)} pictures; the text needs one placeholder for each picture"
+        )
+    for what, text in texts:
+        if found := [token for token in control_tokens(tok) if token in text]:
+            raise ValueError(
+                f"example {example.id}: the {what} contains {found[0]}, which is no text to this "
+                "model"
+            )
+
+
+def chat_text(turns, tok, to_answer):
+    """[(role, text)] as the chat template writes it, with one IMAGE_TOKEN a picture.
+
+    to_answer: up to where the assistant's next turn begins. Raises ValueError where the template
+    refuses these turns.
+    """
+    from jinja2 import TemplateError
+
+    chat = [{"role": r, "content": parts_of(t) if r == "user" else t} for r, t in turns]
+    try:
+        return tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=to_answer)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses it ({first_line(error)})") from error
+
+
+def parts_of(text):
+    """A user's text as chat templates take it: pieces of text, and pictures between them."""
+    content = []
+    for i, part in enumerate(text.split(IMAGE)):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": part.strip()}] if part.strip() else []
+    return content
+
+
+def expand(texts, tokens):
+    """Repeat the placeholder of picture k, counted through all these texts, tokens[k] times."""
+    left = iter(tokens)
+    return [re.sub(re.escape(IMAGE_TOKEN), lambda m: m[0] * next(left), text) for text in texts]
+
+
 def prompt_text(example, tok, tokens):
     """The chat in which the problem is the user's turn, as text.
 
-    Picture k's placeholder is repeated tokens[k] times. Raises ValueError when placeholders and
-    pictures disagree in number, and for a problem in which a control token is spelled: the
-    tokenizer would take it for the real one.
+    Picture k's placeholder is repeated tokens[k] times. Raises ValueError as check_texts.
     """
-    parts = example.problem.split(IMAGE)
-    if len(parts) - 1 != len(example.images):
-        raise ValueError(
-            f"example {example.id}: {len(parts) - 1} {IMAGE} placeholders but "
-            f"{len(example.images)} pictures; the text needs one placeholder for each picture"
-        )
-    if found := [token for token in control_tokens(tok) if token in example.problem]:
-        raise ValueError(
-            f"example {example.id}: the problem contains {found[0]}, which is no text to this model"
-        )
-    content = []
-    for i, part in enumerate(parts):
-        content += [{"type": "image"}] if i else []
-        content += [{"type": "text", "text": part.strip()}] if part.strip() else []
-    chat = [{"role": "user", "content": content}]
-    text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    pieces = text.split(IMAGE_TOKEN)
-    return pieces[0] + "".join(IMAGE_TOKEN * n + piece for n, piece in zip(tokens, pieces[1:]))
+    check_texts(example, [("problem", example.problem)], tok)
+    (text,) = expand([chat_text([("user", example.problem)], tok, True)], tokens)
+    return text
+
+
+def look(example, image_processor):
+    """The pictures of an example -> (pixels, grid, tokens that each picture takes). Raises
+    ValueError for a broken one."""
+    if not example.images:
+        return None, None, []
+    try:
+        pixels, grid = encode_pictures([rgb(p) for p in example.images], image_processor)
+    except ValueError as error:
+        raise ValueError(f"example {example.id}: {error}") from error
+    return pixels, grid, picture_tokens(grid, image_processor)
 
 
 def encode(example, tok, image_processor):
     """Example -> Prompt. Raises ValueError when placeholders and pictures disagree in number, or a
     picture is broken."""
-    pixels = grid = None
-    if example.images:
-        try:
-            pixels, grid = encode_pictures([rgb(p) for p in example.images], image_processor)
-        except ValueError as error:
-            raise ValueError(f"example {example.id}: {error}") from error
-    tokens = [] if grid is None else picture_tokens(grid, image_processor)
+    pixels, grid, tokens = look(example, image_processor)
     text = prompt_text(example, tok, tokens)
     ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])
     return Prompt(example, ids, pixels, grid, OPENED.search(text)[0])
@@ -130,11 +170,11 @@ class Stream:
     """The endless stream of training prompts: stream[position] -> Prompt.
 
     An epoch is a shuffle with the name (seed, "shuffle", epoch). Raises ValueError for a prompt
-    that cannot be read.
+    that cannot be read. encode: what is made of an example; sft.py makes conversations.
     """
 
-    def __init__(self, examples, seed, tok, image_processor):
-        self.examples, self.seed = examples, seed
+    def __init__(self, examples, seed, tok, image_processor, encode=encode):
+        self.examples, self.seed, self.encode = examples, seed, encode
         self.tok, self.image_processor = tok, image_processor
         self.order = (None, [])  # of the epoch that was last asked for
 
@@ -143,7 +183,7 @@ class Stream:
         if epoch != self.order[0]:
             named = generator(self.seed, "shuffle", epoch)
             self.order = epoch, torch.randperm(len(self.examples), generator=named).tolist()
-        return encode(self.examples[self.order[1][i]], self.tok, self.image_processor)
+        return self.encode(self.examples[self.order[1][i]], self.tok, self.image_processor)
 
     def read(self, positions):
         """{position: Prompt} of those that can be read; the others are named on the console."""

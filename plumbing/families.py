@@ -182,7 +182,11 @@ class Family:
 
     def blocks(self, vlm):
         """What FSDP2 shards one by one: every vision block and decoder layer."""
-        return [*vlm.model.visual.blocks, *vlm.model.language_model.layers]
+        return [*self.tower(vlm).blocks, *vlm.model.language_model.layers]
+
+    def tower(self, vlm):
+        """The vision tower, with what joins it to the language model."""
+        return vlm.model.visual
 
     def use_attention(self, vlm, name):
         """Let the language model attend with a registered function; the tower keeps its own."""

@@ -1,4 +1,4 @@
-"""AdamW with what a run needs around it: a warm-up, clipping, and a refusal of broken gradients."""
+"""AdamW with what a run needs around it: schedules, clipping, a refusal of broken gradients."""
 
 import math
 
@@ -7,18 +7,44 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 
+def constant(warmup):
+    """Share of the learning rate by update: a straight line up, then 1.
+
+    Never 0, not even at first: the released code's first step trains at a rate of 0.
+    """
+
+    def share(update):
+        return min(1.0, (update + 1) / max(1, warmup))
+
+    return share
+
+
+def cosine(warmup, total):
+    """As constant, but after the warm-up half a cosine leads down to 0 at `total` updates."""
+    rising = constant(warmup)
+
+    def share(update):
+        if update < warmup:
+            return rising(update)
+        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+
+    return share
+
+
 class Optimiser:
     """One optimiser update at a time: optimiser.step(policy) -> (gradient norm, learning rate)
 
+    schedule(update, counted from 0): its share of cfg.lr; default: constant(cfg.warmup_updates).
     updates, skipped: how many were made, and how many of them were refused since their gradient was
-    not finite. Both are saved in checkpoints.
+    not finite. Both are saved in checkpoints. Frozen parameters are none of its business.
     """
 
-    def __init__(self, policy, cfg):
+    def __init__(self, policy, cfg, schedule=None, betas=(0.9, 0.999)):
         self.cfg, self.updates, self.skipped = cfg, 0, 0
-        self.adamw = torch.optim.AdamW(
-            policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay
-        )
+        self.schedule = schedule or constant(cfg.warmup_updates)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        decay = cfg.weight_decay
+        self.adamw = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=decay, betas=betas)
 
     def sync_gradients(self, policy, now):
         """Whether the next backward pass exchanges gradients between processes.
@@ -33,8 +59,7 @@ class Optimiser:
         """Clip the gradients and take the update, or refuse it; then forget the gradients."""
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), self.cfg.max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        # Never 0, not even at first: the released code's first step trains at a rate of 0.
-        lr = self.cfg.lr * min(1.0, (self.updates + 1) / max(1, self.cfg.warmup_updates))
+        lr = self.cfg.lr * self.schedule(self.updates)
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr

@@ -86,6 +86,10 @@ def pack(vlm, prompts, groups, scored=None, flat=False):
             start, end, n = end, end + len(tokens), len(tokens)
             ids[r, start:end], part[r, start:end] = tokens, g + 1
             positions[:, r, start:end] = at.max() + 1 + torch.arange(n)
+            if (tokens == vlm.config.image_token_id).any():  # a user's later turn shows a picture
+                both = torch.cat([prompt.ids, tokens])
+                places = family_of(vlm.config).positions(vlm, both, prompt.grid)
+                positions[:, r, start:end] = places[:, len(prompt.ids) :]
             predictor[b, g, :n] = torch.arange(start - 1, end - 1)
             predictor[b, g, 0] = last - 1
             targets[b, g, :n] = tokens

@@ -182,6 +182,28 @@ def response_logprobs(policy, prompts, rollouts, device):
 # ------------------------------------------------------------------------------- load and save
 
 
+def find_model(name):
+    """A local folder as it is; a hub name downloaded once."""
+    if Path(name).is_dir():
+        return whole_model(Path(name))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        kind = type(error).__name__
+        fail(f"model {name!r} is neither a folder here nor reachable on the hub ({kind})")
+
+
+def whole_model(folder):
+    """A local folder, if it holds a model."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        fail(f"{folder} holds an adapter only; merge it into its base model, and give that folder")
+    if not (folder / "config.json").exists():
+        fail(f"{folder} holds no model: there is no config.json")
+    return folder
+
+
 def load_processors(folder, cfg):
     """-> (tokenizer, image processor) of a model folder, with the run's pixel limits."""
     from jinja2 import TemplateError
@@ -241,6 +263,13 @@ def banned_tokens(folder, tok):
     banned = torch.arange(size) >= len(tok)
     banned[[i for i in tok.convert_tokens_to_ids(VISUAL_TOKENS) if i is not None]] = True
     return banned
+
+
+def load_policy(folder, banned, cfg, processes):
+    """The policy of a model folder: sharded over the processes, or whole in the only one."""
+    if processes.sharded:
+        return sharded_policy(folder, banned, cfg, processes.device)
+    return Policy(load_vlm(folder), banned, cfg.temperature, cfg.packing == "flat")
 
 
 def sharded_policy(folder, banned, cfg, device):

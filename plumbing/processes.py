@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 
 class Processes:
-    """The processes of a run: `rank` of `world`, and the `device` that this one works on."""
+    """The processes of a run: `rank` of `world`, and the `device` that this one works on.
 
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
+    alone: this process works on something by itself, on the CPU, whatever run it belongs to.
+    """
+
+    def __init__(self, alone=False):
+        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
+        self.world = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available() and not alone
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         # One process on a CPU needs neither shards nor mixed precision.

@@ -108,10 +108,15 @@ def of_totals(totals):
 
 
 def of_time(clock, groups):
+    """How long a step took, its phases, and the response tokens a second."""
+    taken, tokens = seconds(clock), sum(len(t) for g in groups for t in g.rollout.tokens)
+    return taken | {"tokens_per_second": tokens / taken["seconds"]}
+
+
+def seconds(clock):
     """How long a step took, and its phases."""
-    seconds, tokens = clock.so_far(), sum(len(t) for g in groups for t in g.rollout.tokens)
     phases = {name: round(value, 4) for name, value in clock.seconds.items()}
-    return {"seconds": seconds, "phases": phases, "tokens_per_second": tokens / seconds}
+    return {"seconds": clock.so_far(), "phases": phases}
 
 
 def memory_gb():

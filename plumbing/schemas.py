@@ -51,6 +51,39 @@ def question_of(chat):
     return turns[0][1], turns[1][1] if len(turns) > 1 else ""
 
 
+def dialogue_of(chat, system=None):
+    """A chat of any number of turns, to learn the assistant's from -> [(role, text)]
+
+    system: what a column of its own says in the place of a first turn; None or "" for nothing.
+    """
+    turns = turns_of(chat)
+    if system:
+        turns.insert(0, ("system", text_of(system, "system")))
+    roles = [role for role, _ in turns]
+    if unknown := [role for role in roles if role not in ("system", "user", "assistant")]:
+        raise ValueError(f"a turn of {unknown[0]}; system, user and assistant are known")
+    if "assistant" not in roles:
+        raise ValueError("no turn of the assistant's: there is nothing to learn from")
+    both = turns[roles[0] == "system" :]
+    if [role for role, _ in both] != ["user", "assistant"] * (len(both) // 2):
+        raise ValueError(
+            f"the turns are {', '.join(roles)}; after a system turn or none, a user and the "
+            "assistant must take turns, and the assistant come last"
+        )
+    if silent := [role for role, text in both if not text.strip()]:
+        raise ValueError(f"an empty turn of the {silent[0]}'s")
+    if pictured := [role for role, text in turns if role != "user" and "<image>" in text]:
+        raise ValueError(f"<image> in a turn of the {pictured[0]}'s; only a user shows pictures")
+    return turns
+
+
+def text_of(value, what):
+    """What a column of text holds -> text."""
+    if not isinstance(value, str):
+        raise ValueError(f"the {what} is no text but {kind(value)}")
+    return value
+
+
 def is_chat(value):
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
@@ -59,9 +92,7 @@ def problem_of(value):
     """What a problem's column holds -> text."""
     if is_chat(value):
         return question_of(value)[0]
-    if not isinstance(value, str):
-        raise ValueError(f"the problem is no text but {kind(value)}")
-    return value
+    return text_of(value, "problem")
 
 
 def answer_of(value, dtype=None):

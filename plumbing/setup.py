@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from masking import Masker
-from plumbing.common import fail
 from plumbing.config import Config
 from plumbing.data import Stream
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
@@ -24,12 +23,13 @@ from plumbing.policy import (
     DTYPES,
     Policy,
     banned_tokens,
+    find_model,
+    load_policy,
     load_processors,
     load_vlm,
-    sharded_policy,
 )
 from plumbing.processes import Processes
-from plumbing.sources import Rows, Selection, left_out, load, shared_rows
+from plumbing.sources import load, usable, validation_split, warn_of_shared_rows
 from rollout import Sampler
 from toy.lessons import build
 from toy.task import SPLITS
@@ -70,12 +70,12 @@ def setup(cfg):
     folder = folder or model_folder(cfg.model, cfg)
     processors = load_processors(folder, cfg)
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
-    examples = usable(examples, processors, cfg, processes)
+    examples = usable(examples, processors, cfg.max_prompt_tokens, cfg, processes)
     stream = Stream(examples, cfg.seed, *processors)
     validation = {}
     for split in validation_splits(cfg.val_data):
         data = load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
-        validation[split] = usable(data, processors, cfg, processes)
+        validation[split] = usable(data, processors, cfg.max_prompt_tokens, cfg, processes)
         if processes.first:
             warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
@@ -112,71 +112,13 @@ def setup(cfg):
 
 
 def model_folder(name, cfg):
-    """A local folder as it is; a hub name downloaded once; the toy made once."""
-    if name in TOYS:
-        return build(cfg.warm_steps, name, cfg.trust)
-    if Path(name).is_dir():
-        return whole_model(Path(name))
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:
-        kind = type(error).__name__
-        fail(f"model {name!r} is neither a folder here nor reachable on the hub ({kind})")
-
-
-def whole_model(folder):
-    """A local folder, if it holds a model."""
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        fail(f"{folder} holds an adapter only; merge it into its base model, and give that folder")
-    if not (folder / "config.json").exists():
-        fail(f"{folder} holds no model: there is no config.json")
-    return folder
-
-
-def load_policy(folder, banned, cfg, processes):
-    """The policy of a model folder: sharded over the processes, or whole in the only one."""
-    if processes.sharded:
-        return sharded_policy(folder, banned, cfg, processes.device)
-    return Policy(load_vlm(folder), banned, cfg.temperature, cfg.packing == "flat")
-
-
-def usable(data, processors, cfg, processes):
-    """The rows of a data set that can be used.
-
-    Every process checks a share of them; those that cannot be used are named in a file.
-    """
-    if not isinstance(data, Rows):
-        return data
-    share = slice(processes.rank, None, processes.world)
-    mine = data.faults(*processors, cfg.max_prompt_tokens, share, processes.first)
-    faults = dict(processes.gather(list(mine.items())))
-    if processes.first:
-        left_out(Path(cfg.out), data, faults, cfg.strict)
-    return Selection(data, faults)
-
-
-def warn_of_shared_rows(train, held_out):
-    """A row that is trained on says nothing as a row to validate on. Of files and hub names; the
-    toy's splits share no picture."""
-    if isinstance(train, Selection) and isinstance(held_out, Selection):
-        if same := shared_rows(train.rows, held_out.rows):
-            print(
-                f"warning: {len(same)} of {len(held_out.rows)} rows of {held_out.rows.name} are "
-                f"in {train.rows.name} too, the first is row {same[0]}: the policy is trained on "
-                "what it is validated on"
-            )
+    """The toy, made once; a local folder as it is; a hub name downloaded once."""
+    return build(cfg.warm_steps, name, cfg.trust) if name in TOYS else find_model(name)
 
 
 def splits_of(data):
     """The splits that an evaluation of this data set reports."""
     return SPLITS if data == "toy" else ["test"]
-
-
-def validation_split(val_data):
-    """The split that a run watches while it trains, and that settings are chosen on."""
-    return "val" if val_data == "toy" else "test"
 
 
 def validation_splits(val_data):

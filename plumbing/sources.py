@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,12 +40,16 @@ class Rows:
 
     It has columns for the problem, the answer and the pictures, and perhaps `contrast`, second
     pictures; or a chat in the place of the first two. plumbing/schemas.py reads each of them.
-    Pictures are decoded when they are asked for.
+    Pictures are decoded when they are asked for. plumbing/conversations.py reads the same rows for
+    sft.py.
 
     name: a hub name, a parquet, JSON or JSONL file, or a folder of them; name@split overrides split
     root: where relative picture paths start; default: the file's own folder
     called: what the set is called in ids and messages
     """
+
+    column_flags = "--problem_column, --answer_column and --images_column"
+    limit = "prompt tokens are more than --max_prompt_tokens"
 
     def __init__(self, name, split, columns=COLUMNS, root=None, called=None):
         name, given = asked_for(str(name))
@@ -56,8 +61,7 @@ class Rows:
         if missing:
             fail(
                 f"{name} has no column {', '.join(sorted(missing))}; it has "
-                f"{', '.join(rows.column_names)} (--problem_column, --answer_column and "
-                "--images_column say which is which)"
+                f"{', '.join(rows.column_names)} ({self.column_flags} say which is which)"
             )
         for column in {columns[2], "contrast"} & set(rows.column_names):
             feature = undecoded(rows.features[column])
@@ -75,16 +79,29 @@ class Rows:
 
     def example(self, index, row):
         """A row of the file -> Example. Raises ValueError for one that cannot be read as one."""
+        said = self.said(row)
+        pictures = [pictures_of(row.get(c)) for c in (self.columns[2], "contrast")]
+        images, contrast = ([self.locate(p) for p in x] for x in pictures)
+        # Two rows of one id are two questions.
+        name = f"{self.name}-{row['id'] if self.by_id else index}"
+        return Example(name, images=images, contrast=contrast, **said)
+
+    def said(self, row):
+        """What the row says, as fields of an Example."""
         if self.chat:
             problem, answer = question_of(row[self.chat] or [])
         else:
             problem, answer = row[self.columns[0]], answer_of(row[self.columns[1]], self.dtype)
             problem = problem_of(problem)
-        pictures = [pictures_of(row.get(c)) for c in (self.columns[2], "contrast")]
-        images, contrast = ([self.locate(p) for p in x] for x in pictures)
-        # Two rows of one id are two questions.
-        name = f"{self.name}-{row['id'] if self.by_id else index}"
-        return Example(name, problem + INSTRUCTION, answer, images, contrast)
+        return {"problem": problem + INSTRUCTION, "answer": answer}
+
+    def written(self, example, tok):
+        """The text that becomes token ids, one token a picture. Raises ValueError for an example
+        that cannot be used."""
+        text = prompt_text(example, tok, [1] * len(example.images))
+        if not example.answer.strip():
+            raise ValueError("the answer is empty")
+        return text
 
     def texts(self):
         """(problem, answer) of every row; its pictures are not read."""
@@ -126,9 +143,7 @@ class Rows:
                 try:
                     row = {c: values[k] for c, values in columns.items()}
                     example = self.example(index, row)
-                    text = prompt_text(example, tok, [1] * len(example.images))
-                    if not example.answer.strip():
-                        raise ValueError("the answer is empty")
+                    text = self.written(example, tok)
                     sizes = [tokens_from_header(p, image_processor) for p in example.images]
                     known.append((index, len(texts), sum(sizes) - len(sizes)))
                     texts.append(text)
@@ -138,7 +153,7 @@ class Rows:
             for index, k, more in known:
                 n = len(ids[k]) + more
                 if n > longest:
-                    found[index] = f"{n} prompt tokens are more than --max_prompt_tokens {longest}"
+                    found[index] = f"{n} {self.limit} {longest}"
         return found
 
 
@@ -165,13 +180,18 @@ def load(name, split, size, seed, cfg=None, root=None):
     """
     if name == "toy":
         return ToyData(split, size, seed, cfg.hint_right)
+    if name == "mmk12":
+        return opened(name, partial(Rows, MMK12, "test", called=name))
+    if name in BENCHMARKS:
+        return opened(name, partial(benchmark, name, root))
     columns = (cfg.problem_column, cfg.answer_column, cfg.images_column) if cfg else COLUMNS
+    return opened(name, partial(Rows, name, split, columns, root))
+
+
+def opened(name, read):
+    """read() -> the data set of this name. Ends with a sentence if it cannot be read."""
     try:
-        if name == "mmk12":
-            return Rows(MMK12, "test", called=name)
-        if name in BENCHMARKS:
-            return benchmark(name, root)
-        return Rows(name, split, columns, root)
+        return read()
     except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
         fail(
             f"data {name!r} cannot be read ({first_line(error)}); give a hub name, a parquet, json "
@@ -237,6 +257,38 @@ def contents(example):
             path = picture.get("path")
         found.append(Path(path).read_bytes() if path and Path(path).is_file() else data or path)
     return found
+
+
+def validation_split(val_data):
+    """The split that a run watches while it trains, and that settings are chosen on."""
+    return "val" if val_data == "toy" else "test"
+
+
+def usable(data, processors, longest, cfg, processes):
+    """The rows of a data set that can be used, of at most `longest` tokens.
+
+    Every process checks a share of them; those that cannot be used are named in a file.
+    """
+    if not isinstance(data, Rows):
+        return data
+    share = slice(processes.rank, None, processes.world)
+    mine = data.faults(*processors, longest, share, processes.first)
+    faults = dict(processes.gather(list(mine.items())))
+    if processes.first:
+        left_out(Path(cfg.out), data, faults, cfg.strict)
+    return Selection(data, faults)
+
+
+def warn_of_shared_rows(train, held_out):
+    """A row that is trained on says nothing as a row to validate on. Of files and hub names; the
+    toy's splits share no picture."""
+    if isinstance(train, Selection) and isinstance(held_out, Selection):
+        if same := shared_rows(train.rows, held_out.rows):
+            print(
+                f"warning: {len(same)} of {len(held_out.rows)} rows of {held_out.rows.name} are "
+                f"in {train.rows.name} too, the first is row {same[0]}: the policy is trained on "
+                "what it is validated on"
+            )
 
 
 def left_out(out, data, faults, strict):

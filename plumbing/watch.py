@@ -7,7 +7,8 @@ from eval import evaluate_splits
 from plumbing import report
 from plumbing.common import Clock, write_atomically
 from plumbing.samples import write_samples
-from plumbing.setup import splits_of, validation_split
+from plumbing.setup import splits_of
+from plumbing.sources import validation_split
 from plumbing.summary import table
 
 

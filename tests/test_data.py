@@ -15,8 +15,15 @@ from PIL import Image, ImageFile
 from plumbing.data import Example, encode
 from plumbing.families import to_picture
 from plumbing.pictures import rgb, tokens_from_header
-from plumbing.setup import warn_of_shared_rows
-from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load, shared_rows
+from plumbing.sources import (
+    BENCHMARKS,
+    Rows,
+    Selection,
+    left_out,
+    load,
+    shared_rows,
+    warn_of_shared_rows,
+)
 from plumbing.splits import splits_of_files
 from toy.task import ToyData
 

@@ -4,13 +4,16 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 import loss
 import papo
 import reward
 import rollout
+import sft
 from plumbing import packing
-from plumbing.data import Prompt
+from plumbing.conversations import encode_conversation
+from plumbing.data import Example, Prompt
 from plumbing.grader import Grader
 
 
@@ -50,6 +53,22 @@ def test_the_packed_row(policy, processors):
     for tokens, predictors in zip(rows.targets[0].tolist(), rows.predictor[0].tolist()):
         for token, place in zip(tokens, predictors):
             assert token == 0 or f"{token} from {place}" in re.sub(" +", " ", text)
+
+
+def test_the_row_of_a_conversation(processors):
+    lines = {x.split()[0]: x.split()[1:] for x in sft.__doc__.splitlines() if x.startswith("    ")}
+    text, ids, scored = ([x for x in lines[n] if x != "|"] for n in ("text", "ids", "scored"))
+    assert "<image> what shape is at a1 ?      assistant  circle" in sft.__doc__
+    turns = [("user", "<image> what shape is at a1 ?"), ("assistant", "circle")]
+    example = Example("1", "", "", [Image.new("RGB", (28, 28))], turns=turns)
+    c = encode_conversation(example, *processors)
+    assert [*c.prompt.ids.tolist(), *c.tokens.tolist()] == list(map(int, ids))
+    assert [False] * len(c.prompt.ids) + c.scored.tolist() == [x == "x" for x in scored]
+    assert lines["text"].index("|") == lines["ids"].index("|") == len(c.prompt.ids)
+    names = {"start": "<|im_start|>", "end": "<|im_end|>", "img": "<|image_pad|>"}
+    names |= {"[": "<|vision_start|>", "]": "<|vision_end|>"}
+    words = [names.get(word, word) for word in text]
+    assert processors[0].convert_tokens_to_ids(words) == list(map(int, ids))
 
 
 def test_k3_on_three_tokens():

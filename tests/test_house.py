@@ -48,13 +48,13 @@ def test_no_import_circle():
 
 
 def test_the_method_is_all_that_lies_at_the_top():
-    names = "eval loss masking papo reward rollout train".split()
+    names = "eval loss masking papo reward rollout sft train".split()
     assert [path.stem for path in TOP] == names
 
 
 def test_the_method_can_be_read_in_an_afternoon():
     lengths = {path.name: len(path.read_text().splitlines()) for path in TOP}
-    assert sum(lengths.values()) <= 1500 and max(lengths.values()) <= 260, lengths
+    assert sum(lengths.values()) <= 1700 and max(lengths.values()) <= 260, lengths
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))

@@ -164,6 +164,16 @@ def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path)
         assert key() != first, name
         (tmp_path / name).write_text(source)
     assert key(61) != first and key() == first
+    monkeypatch.setattr(lessons, "SUPERVISED_STEP", lessons.SUPERVISED_STEP[1:])
+    assert key() != first
+
+
+def test_the_warm_start_is_named_after_the_supervised_step():
+    import loss
+    import sft
+    from plumbing.optimiser import Optimiser
+
+    assert {sft.update, Optimiser, loss.token_logprobs} <= set(lessons.SUPERVISED_STEP)
 
 
 def test_the_trusting_teacher_repeats_the_hint_and_always_where_the_picture_is_masked():

@@ -3,24 +3,35 @@ learning has something to do."""
 
 import ast
 import hashlib
+import inspect
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+import sft
+from loss import policy_logits, token_logprobs
 from masking import black_row, choose_patches, mask_patches
+from plumbing import packing
 from plumbing.common import generator
 from plumbing.data import Example, encode
-from plumbing.policy import Policy
-from toy.model import new_policy, processor, tokenizer
+from plumbing.optimiser import Optimiser, constant
+from plumbing.policy import Policy, in_place
+from plumbing.processes import Processes
+from plumbing.supervised import SftConfig
+from toy.model import keep, new_policy, processor, tokenizer
 from toy.task import FAMILIES, ask, describe, draw, random_board, respond
 
 HINT_RIGHT = 0.5  # how often a hint of a lesson is right, whatever it will be in training
+# The code by which a lesson is learned; what it computes is part of the policy that comes out.
+SUPERVISED_STEP = (
+    *(sft.update, Optimiser, constant, Policy, in_place, policy_logits, token_logprobs),
+    *(packing.pack, packing.attention_mask, packing.may_attend),
+)
 THREADS = 2  # rounding depends on their number, and a whole run then depends on the rounding
 
 
@@ -85,7 +96,35 @@ def lesson_prompt(index, example, teacher, tok, image_processor):
     return prompt
 
 
-def warm_start(vlm, processors, steps, last, pictures=16, lr=2e-3):
+def lesson_rows(indices, questions, teacher, policy, processors):
+    """The lessons of these indices as one batch of packed rows.
+
+    Each picture is the shared prompt of a row whose "responses" are the questions with their
+    answers, and the description; the answers are scored, the questions are not.
+    """
+    prompts, groups, scored, tok = [], [], [], processors[0]
+    for index in indices:
+        example, texts = lesson(index, questions, teacher)
+        prompts.append(lesson_prompt(index, example, teacher, *processors))
+        asked = [tok(f"{q} <|im_end|> <|im_start|> assistant")["input_ids"] for q, _ in texts]
+        answered = [tok(f"{a} <|im_end|>")["input_ids"] for _, a in texts]
+        pairs = list(zip(asked, answered))
+        groups.append([torch.tensor(q + a) for q, a in pairs])
+        scored.append([torch.arange(len(q + a)) >= len(q) for q, a in pairs])
+    return policy.pack(prompts, groups, scored)
+
+
+def schedule(steps, third):
+    """Share of the learning rate by step: up, 1, and a straight line down to 0 from `third` on."""
+    rising = constant(30)
+
+    def share(step):
+        return rising(step) if step < third else 0.5 * (steps - step) / (steps - third)
+
+    return share
+
+
+def warm_start(vlm, processors, steps, last, pictures=16):
     """Supervised learning of chains of thought and dense descriptions, from three teachers in turn.
 
     The first (3/16 of the steps) only describes pictures: answers alone teach the language prior
@@ -93,36 +132,20 @@ def warm_start(vlm, processors, steps, last, pictures=16, lr=2e-3):
     The third, `last`, has the last 1/7: it is careless or trusting, so that the policy knows more
     than it shows, as a pretrained model does: there is something for RL to bring out.
 
-    Each picture is the shared prompt of a packed row whose "responses" are the questions with their
-    answers, and the description; the loss is on the answers only.
+    The learning is sft.py's; here are its data and its schedule.
     """
-    tok = processors[0]
-    policy = Policy(vlm.train(), torch.zeros(len(tok), dtype=torch.bool))
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    bar, third = tqdm(range(steps), desc="toy warm start", unit="step"), steps * 6 // 7
+    policy = Policy(vlm, torch.zeros(len(processors[0]), dtype=torch.bool))
+    third, alone = steps * 6 // 7, Processes(alone=True)
+    cfg = SftConfig(lr=2e-3, weight_decay=0.01)
+    optimiser = Optimiser(policy, cfg, schedule(steps, third), betas=(0.9, 0.98))
+    bar = tqdm(range(steps), desc="toy warm start", unit="step")
     for step in bar:
-        rate = 0.5 * (steps - step) / (steps - third) if step >= third else 1.0
-        for group in optimiser.param_groups:
-            group["lr"] = lr * (min(1.0, (step + 1) / 30) if step < third else rate)
         questions = 0 if step < steps * 3 // 16 else 4
         teacher = last if step >= third else CAREFUL
-        prompts, groups, scored = [], [], []
-        for index in range(step * pictures, (step + 1) * pictures):
-            example, texts = lesson(index, questions, teacher)
-            prompts.append(lesson_prompt(index, example, teacher, *processors))
-            asked = [tok(f"{q} <|im_end|> <|im_start|> assistant")["input_ids"] for q, _ in texts]
-            answered = [tok(f"{a} <|im_end|>")["input_ids"] for _, a in texts]
-            pairs = list(zip(asked, answered))
-            groups.append([torch.tensor(q + a) for q, a in pairs])
-            scored.append([torch.arange(len(q + a)) >= len(q) for q, a in pairs])
-        rows = policy.pack(prompts, groups, scored)
-        loss = -policy(rows, rows.pixels).logp.sum() / rows.scored.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    vlm.eval()
+        indices = range(step * pictures, (step + 1) * pictures)
+        rows = lesson_rows(indices, questions, teacher, policy, processors)
+        loss, _, _ = sft.update([rows], rows.scored.sum().item(), policy, optimiser, alone)
+        bar.set_postfix(loss=f"{loss:.3f}")
 
 
 def code_of(source):
@@ -137,12 +160,13 @@ def code_of(source):
 
 
 def recipe(steps, last, config, image_processor):
-    """A name for all that the warm-started policy depends on: the task, the lessons, the model and
-    the libraries that compute it. Comments are not part of it."""
+    """A name for all that the warm-started policy depends on: the task, the lessons, the model, the
+    supervised step and the libraries that compute it. Comments are not part of it."""
     import transformers
 
     here = Path(__file__).parent
     code = [code_of((here / name).read_text()) for name in ("task.py", "model.py", "lessons.py")]
+    code += [code_of(inspect.getsource(part)) for part in SUPERVISED_STEP]
     sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
     everything = [*code, *sizes, steps, last, torch.__version__, transformers.__version__]
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
@@ -158,17 +182,11 @@ def build(steps, name="toy", trust=True):
     vlm = new_policy(tok, name)
     key = recipe(steps, last, vlm.config, image_processor)
     cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
-    folder, making = cache / f"{name}-{key}", cache / f"making-{name}-{key}-{os.getpid()}"
+    folder = cache / f"{name}-{key}"
     if folder.is_dir():
         return folder
     threads = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, os.cpu_count()))
     warm_start(vlm, (tok, image_processor), steps, last)
     torch.set_num_threads(threads)
-    for part in (vlm, tok, image_processor):
-        part.save_pretrained(making)
-    try:
-        making.rename(folder)
-    except OSError:  # another process was faster; its folder holds the same
-        shutil.rmtree(making)
-    return folder
+    return keep((vlm, tok, image_processor), folder)

@@ -4,6 +4,9 @@ It is transformers' own class with a small config and a word-level tokenizer, sa
 format: nothing that loads it can tell that it is a toy.
 """
 
+import os
+import shutil
+
 import torch
 
 from plumbing.families import TOYS, VISUAL_TOKENS, image_processor_class
@@ -88,6 +91,20 @@ def new_policy(tok, name="toy", seed=0):
             if p.ndim > 1:
                 p.data.normal_(0, 0.06)
     return model
+
+
+def keep(parts, folder):
+    """Save a policy, its tokenizer and its image processor as one Hugging Face folder, unless it is
+    there already -> folder"""
+    making = folder.with_name(f"making-{folder.name}-{os.getpid()}")
+    if not folder.is_dir():
+        for part in parts:
+            part.save_pretrained(making)
+        try:
+            making.rename(folder)
+        except OSError:  # another process was faster; its folder holds the same
+            shutil.rmtree(making)
+    return folder
 
 
 def processor(name="toy"):

@@ -188,7 +188,9 @@ def make(seed, split, index, hint_right=0.5):
         contrast=[draw(others[0], rng)],
         tags={"family": family, "hint": hint, "hint_right": hint == answer},
     )
-    return example, respond(thought, answer), board
+    response = respond(thought, answer)
+    example.turns = [("user", example.problem), ("assistant", response)]
+    return example, response, board
 
 
 class ToyData:
