@@ -11,14 +11,21 @@ each other, so masking whole tokens (unit = merge_size ** 2 = 4) is one draw for
 
 A kind of mask is one function below under @kind("name"), and --mask offers every name. It gets the
 prompt, the Masker that holds the settings, and a generator, and returns new pixels for all pictures
-of the prompt, (N, D) with the rows of prompt.pixels. It never changes its input.
+of the prompt, (N, D) with the rows of prompt.pixels, or None for no picture at all (Policy.outputs
+says how). It never changes its input.
+
+`noised` makes another second picture, one to roll out on (rollout.sample_groups).
 """
+
+import math
+from dataclasses import replace
 
 import torch
 from PIL import Image
 
-from plumbing.common import register
+from plumbing.common import fail, generator, register
 from plumbing.families import encode_pictures
+from plumbing.packing import join
 from plumbing.pictures import rgb
 from plumbing.saliency import Saliency
 
@@ -49,13 +56,25 @@ class Masker:
         self.saliency = Saliency(cfg.semantic_model, image_processor, device) if semantic else None
 
     def __call__(self, prompt, generator):
-        """-> pixels (N, D) of the prompt's masked pictures; None without a picture
+        """-> pixels (N, D) of the prompt's masked pictures; None without a picture, as with --mask
+        absent
 
         Raises ValueError if this prompt cannot be masked.
         """
         if prompt.pixels is None:
             return None
         return MASKS[self.cfg.mask](prompt, self, generator)
+
+    def of_all(self, prompts, names):
+        """The masked pictures of many prompts, one draw each -> pixels (N, D), or None
+
+        names[i]: the tuple that seeds prompt i's draw. Ends with a sentence if one of the prompts
+        cannot be masked.
+        """
+        try:
+            return join([self(p, generator(*name)) for p, name in zip(prompts, names)])
+        except ValueError as error:
+            fail(str(error), here=True)
 
 
 def black_row(image_processor):
@@ -139,6 +158,13 @@ def contrast(prompt, masker, generator):
     return processed(pictures, prompt, masker)
 
 
+@kind("absent")
+def absent(prompt, masker, generator):
+    """No picture: nothing attends to its tokens, which keep their places. PGPO's (arXiv 2604.01840,
+    appendix A.1)."""
+    return None
+
+
 def processed(pictures, prompt, masker):
     """Pictures that stand in for the prompt's -> their pixels; their grid must be the same."""
     pixels, grid = encode_pictures(pictures, masker.image_processor)
@@ -158,13 +184,44 @@ def blacken_cells(picture, ratio, generator, cell=RAW_CELL):
     return picture
 
 
-def add_noise(pixels, std, generator, image_processor):
-    """Gaussian noise of `std` (1 is the distance from black to white) on every pixel, cut to what a
-    picture can hold. (N, D) -> a new (N, D)"""
+def add_noise(pixels, std, generator, image_processor, kept=1.0):
+    """kept x + std e for every pixel x, with e from N(0, 1), cut to what a picture can hold; x is 0
+    for black and 1 for white. (N, D) -> a new (N, D)"""
     frames, p = image_processor.temporal_patch_size, image_processor.patch_size
     statistics = image_processor.image_mean, image_processor.image_std
     mean, scale = (torch.tensor(x)[:, None, None, None] for x in statistics)
     # One draw for all frames of a patch: they are one picture.
     drawn = std * torch.randn(len(pixels), 3, 1, p, p, generator=generator)
-    x = pixels.view(-1, 3, frames, p, p) * scale + mean + drawn  # 0 is black, 1 is white
+    x = kept * (pixels.view(-1, 3, frames, p, p) * scale + mean) + drawn
     return ((x.clamp(0, 1) - mean) / scale).view_as(pixels)
+
+
+# ------------------------------------------------------------- the picture to roll out on, noised
+
+
+def annealed(alpha_0, t, t_max, slope, middle):
+    """How many diffusion steps of noise a step of training has (NoisyRollout, arXiv 2504.13055):
+
+        alpha_t = alpha_0 (1 - 1 / (1 + exp(-lambda (t - gamma) / t_max)))                  Eq. (3)
+
+    rounded down. t counts from 1; slope is lambda, and middle is gamma / t_max. The paper's lambda
+    of 30 and gamma of 40 in 60 steps leave 250 of 500 at step 40, 3 at step 50 and none at the end.
+    """
+    return int(alpha_0 * (1 - 1 / (1 + math.exp(-slope * (t / t_max - middle)))))
+
+
+def noised(prompt, steps, generator, image_processor):
+    """The prompt with its pictures after so many steps of forward diffusion -> a new Prompt
+
+        sqrt(a) x + sqrt(1 - a) e,  a = prod_{j <= steps} (1 - b_j)
+        b_j = 1e-5 + 4.99e-3 sigmoid(z_j)
+
+    with z_j in 1,000 even steps from -6 to 6: the schedule of NoisyRollout's released code
+    (verl/utils/image_aug.py:63-76). Without a picture, or with 0 steps, it is the prompt itself.
+    """
+    if prompt.pixels is None or not steps:
+        return prompt
+    b = 1e-5 + 4.99e-3 * torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid()
+    a = (1 - b[: steps + 1]).prod().item()
+    noise = math.sqrt(1 - a), generator, image_processor, math.sqrt(a)
+    return replace(prompt, pixels=add_noise(prompt.pixels, *noise))

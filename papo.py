@@ -2,7 +2,7 @@
 
 The objective, maximised over the G responses o_i to one prompt and their tokens:
 
-    J = mean { min(rho A_i, clip(rho, 1 - eps_l, 1 + eps_h) A_i)     Eq. (1), policy
+    J = mean { w min(rho A_i, clip(rho, 1 - eps_l, 1 + eps_h) A_i)   Eq. (1), policy
                - beta  KL(pi || pi_ref)                             Eq. (1), GRPO forms
                + gamma KL(pi || pi_mask)                            Eq. (2), perception
                - eta1  H[pi] - eta2 H[pi_mask] }                    Eq. (2), entropies
@@ -11,8 +11,9 @@ The mean is over all tokens, 1 / sum_i |o_i|, in Eq. (3) and, in the released co
 algorithm. In Eq. (1) and (2) it is 1/G sum_i 1/|o_i|: over each response's tokens, then over
 responses.
 
-pi sees the picture, pi_mask is the same policy on the masked picture (masking.py). The function
-`objective` below is this formula with its signs turned, since an optimiser minimises.
+pi sees the picture, pi_mask is the same policy on the masked picture (masking.py), and w is 1, or
+what --credit gives to a token (credit.py). The function `objective` below is this formula with its
+signs turned, since an optimiser minimises.
 
 The paper prints one objective and its released code optimises another: --objective official (the
 default) and --objective paper. docs/differences.md lists every difference with its place.
@@ -29,14 +30,19 @@ from loss import PERCEPTION, clipped_surrogate, importance_weight, k3, sampled_e
 # row "a" where b applies too: --objective paper, then the model (its row of MODELS in
 # plumbing/config.py), then --no_ref_kl; flags win over all rows. "*" is every algorithm. What no
 # row says is a default of plumbing/config.py. A new algorithm is a new row.
-REFILL = dict(dynamic_sampling=True)  # Eq. (3): 0 < #correct < G
+DAPO = dict(clip_high=0.28, beta=0.00, dynamic_sampling=True)  # Eq. (3): 0 < #correct < G
 ALGORITHMS = {
     "grpo": dict(clip_high=0.30, beta=0.01, gamma=0.00, eta1=0.00, eta2=0.00),
-    "dapo": dict(clip_high=0.28, beta=0.00, gamma=0.00, eta1=0.00, eta2=0.00) | REFILL,
+    "dapo": DAPO | dict(gamma=0.00, eta1=0.00, eta2=0.00),
     "papo_g": dict(clip_high=0.30, beta=0.01, gamma=0.02, eta1=0.00, eta2=0.00),
     "papo_g/qwen2.5-vl-7b": dict(eta1=0.05, eta2=0.05),
     "papo_g/qwen3-vl-2b": dict(gamma=0.01),
-    "papo_d": dict(clip_high=0.28, beta=0.00, gamma=0.01, eta1=0.03, eta2=0.03) | REFILL,
+    "papo_d": DAPO | dict(gamma=0.01, eta1=0.03, eta2=0.03),
+    # After PAPO: the second picture as credit, on DAPO, and as a source of rollouts, on GRPO.
+    "vppo": DAPO | dict(credit="vppo", mask_ratio=0.5, eta1=0.06, group_size=8, reward="paper"),
+    "pgpo": DAPO | dict(credit="pgpo", mask="absent"),
+    "noisy": dict(clip_high=0.20, beta=0.00, rollout_picture="noisy", top_p=1.0)
+    | dict(prompts_per_step=512, group_size=12, dual_clip=0.0),
     **dict.fromkeys(["papo_g/toy", "papo_d/toy"], dict(gamma=0.3, anneal_steps=20)),  # on `val`
     # Without the reference KL nothing else holds the policy: double entropy is required (Table 8).
     "*/no_ref_kl": dict(beta=0.00),
@@ -44,8 +50,9 @@ ALGORITHMS = {
     # What the paper prints where the released code does something else (docs/differences.md).
     "*/paper": dict(perception="printed", kl_clamp=0.0, masked_grad=True, dual_clip=0.0, top_p=1.0)
     | dict(reward="paper", loss_mean="sequence"),  # 1/N of Eq. (1) and (2)
-    "dapo/paper": dict(loss_mean="token"),  # 1/N of Eq. (3)
-    "papo_d/paper": dict(loss_mean="token"),
+    **dict.fromkeys(["dapo/paper", "papo_d/paper", "noisy/paper"], dict(loss_mean="token")),
+    "vppo/paper": dict(loss_mean="token", top_p=0.99),
+    "pgpo/paper": dict(loss_mean="token", top_p=0.99, reward="official"),
 }
 
 
@@ -96,16 +103,6 @@ def group_advantages(rewards, eps=1e-6):
     return centred / (rewards.std(-1, keepdim=True) + eps)
 
 
-def overlong_penalty(lengths, limit, buffer):
-    """DAPO's soft punishment of long responses (arXiv 2503.14476, Eq. 13), added to the reward.
-
-    0 up to limit - buffer tokens, then falling in a straight line to -1 at the limit.
-    lengths (...) -> (...) float; a buffer of 0 turns it off.
-    """
-    over = lengths.float() - (limit - buffer)
-    return -(over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
-
-
 # ------------------------------------------------------------------------------ the objective
 
 
@@ -115,9 +112,10 @@ class LogProbs(NamedTuple):
     seen: object  # policy.Scores: pi_theta on the picture; logp, and entropy if it is exact
     old: torch.Tensor  # pi_old
     sampled: torch.Tensor  # pi_old as the sampler computed it; differs from old by rounding only
-    masked: object = None  # policy.Scores: pi_mask, where gamma or eta2 needs it
+    masked: object = None  # policy.Scores: pi_mask, where gamma, eta2 or credit needs it
     ref: torch.Tensor | None = None  # pi_ref, where beta needs it
     exact_kl: tuple | None = None  # for --perception exact: KL(pi || pi_mask), where it was clamped
+    credit: torch.Tensor | None = None  # w of credit.py, on the policy term; None: 1
 
 
 class Denominators(NamedTuple):
@@ -143,15 +141,16 @@ def objective(said, advantages, scored, pictured, N, cfg):
     policy, high, low = clipped_surrogate(
         logp, said.old, A, cfg.clip_low, cfg.clip_high, cfg.dual_clip
     )
+    w = 1.0 if said.credit is None else said.credit
     if cfg.importance_cap:
-        policy = policy * importance_weight(said.old, said.sampled, cfg.importance_cap)
+        w = w * importance_weight(said.old, said.sampled, cfg.importance_cap)
     H = entropy(said.seen, cfg)
     KL_ref = 0.0 if said.ref is None else k3(logp, said.ref, cfg.kl_clamp)[0]
     with_picture = scored & pictured[:, None, None]
     KL_prcp, H_mask, clamped = perception(said, with_picture, cfg)
 
     per_token = (
-        policy  # Eq. (1), the clipped surrogate
+        policy * w  # Eq. (1), the clipped surrogate; w: --credit and --importance_cap
         + cfg.beta * KL_ref  # Eq. (1)
         - cfg.gamma * KL_prcp  # Eq. (2), the implicit perception loss
         + (cfg.eta1 * H + cfg.eta2 * H_mask)  # Eq. (2), the double entropy loss
@@ -165,12 +164,14 @@ def objective(said, advantages, scored, pictured, N, cfg):
     def total(x, over=scored):
         return torch.stack([scored_sum(x.detach(), over).double(), over.sum().double()])
 
-    sums = {"policy_loss": total(policy), "entropy": total(H)}
+    sums = {"policy_loss": total(policy * w), "entropy": total(H)}
     sums |= {"clip_high_fraction": total(high.float()), "clip_low_fraction": total(low.float())}
     sums |= {"sampler_gap": total((said.old - said.sampled).abs())}
     sums |= {"sampler_kl": total(k3(said.sampled, said.old, 0)[0])}
     if said.ref is not None:
         sums |= {"ref_kl": total(KL_ref)}
+    if said.credit is not None:
+        sums |= {"credited_tokens": total(said.credit.sign()), "credit_weight": total(said.credit)}
     if said.masked is not None:
         sums |= {"perception_kl": total(KL_prcp, with_picture)}
         sums |= {"masked_entropy": total(H_mask, with_picture)}
@@ -185,15 +186,15 @@ def perception(said, with_picture, cfg):
 
     (B, G, R) each, 0 where with_picture is false; three zeros in an algorithm without them.
     """
-    if said.masked is None:
+    if (masked := said.masked) is None:
         return 0.0, 0.0, None
-    masked = said.masked
     if not cfg.masked_grad:  # as released: pi_mask is a constant, and eta2 weighs a constant
         masked = type(masked)(*(None if x is None else x.detach() for x in masked))
-    if cfg.perception == "exact":
+    if said.exact_kl is not None:
         kl, clamped = said.exact_kl
-    else:
-        kl, clamped = PERCEPTION[cfg.perception](said.seen.logp, masked.logp, cfg.kl_clamp)
+    else:  # where only --credit has scored pi_mask, the whole distribution is not known
+        estimate = PERCEPTION.get(cfg.perception, k3)
+        kl, clamped = estimate(said.seen.logp, masked.logp, cfg.kl_clamp)
     kl = torch.where(with_picture, kl, 0.0)
     return kl, torch.where(with_picture, entropy(masked, cfg), 0.0), clamped & with_picture
 
@@ -210,7 +211,6 @@ def difficulty(accuracy, low, high):
     """Which side of DAPO's bounds a group is on. accuracy (G,), 0 or 1 each
 
     With the bounds 0.01 and 0.99, the defaults, "informative" is 0 < #correct < G of Eq. (3).
-
     -> "informative" strictly between the bounds, else "too_hard" or "too_easy"
     """
     mean = accuracy.mean().item()

@@ -12,6 +12,8 @@ offers every name.
 import re
 from typing import NamedTuple
 
+import torch
+
 from plumbing.common import register
 from plumbing.grader import Grader
 
@@ -69,6 +71,16 @@ def compute_score(response, truth, grader=None, kind="official"):
         return compute_score(response, truth, grader, kind)
     finally:
         grader.close()
+
+
+def overlong_penalty(lengths, limit, buffer):
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, Eq. 13), added to the reward.
+
+    0 up to limit - buffer tokens, then falling in a straight line to -1 at the limit.
+    lengths (...) -> (...) float; a buffer of 0 turns it off.
+    """
+    over = lengths.float() - (limit - buffer)
+    return -(over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
 
 
 def boxed(text):

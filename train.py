@@ -25,15 +25,17 @@ import torch
 from tqdm import tqdm
 
 import papo
+from credit import weigh
 from plumbing import checkpoint, report
 from plumbing.checkpoint import Progress
-from plumbing.common import Clock, fail, generator, stop_requests
+from plumbing.common import Clock, fail, stop_requests
 from plumbing.config import check, parser, resolve
-from plumbing.packing import Packed, join, my_batches, padded
+from plumbing.packing import Packed, my_batches, padded
 from plumbing.policy import Joint, Scores, score_only
 from plumbing.setup import check_sampler, setup
 from plumbing.watch import evaluate, show, watch
-from reward import score
+from reward import overlong_penalty, score
+from rollout import sample_groups
 
 
 @dataclass
@@ -47,6 +49,7 @@ class MicroBatch:
     old: torch.Tensor | None = None  # (B, G, R); None: equal to the current ones
     ref: torch.Tensor | None = None  # (B, G, R); None: no reference
     masked: Scores | None = None  # pi_mask where it is kept for the whole step
+    credit: torch.Tensor | None = None  # (B, G, R) weights of the policy term; None: 1
 
 
 def train_step(parts, progress):
@@ -77,6 +80,7 @@ def train_step(parts, progress):
     metrics = {"step": progress.step, **report.of_groups(groups), **report.of_totals(totals)}
     skipped = parts.optimiser.skipped
     metrics |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "skipped_updates": skipped}
+    metrics |= {"noise_steps": cfg.noise_steps} if cfg.rollout_picture == "noisy" else {}
     metrics |= {"gamma": cfg.gamma, **{f"{name}_prompts": n for name, n in fate.items()}}
     metrics |= {"grading_timeouts": sum(parts.processes.gather([parts.grader.timeouts]))}
     return metrics | report.of_time(clock, groups) | report.memory_gb()
@@ -108,8 +112,7 @@ def roll_out(prompts, parts, step, clock):
     without the prompts that the sampler refused"""
     cfg, G = parts.cfg, parts.cfg.group_size
     with clock("rollout"):
-        names = [(cfg.seed, "sample", step, position) for position in prompts]
-        rollouts = parts.sampler.generate([*prompts.values()], G, names)
+        rollouts = sample_groups(prompts, parts, step)
     with clock("reward"):
         done = [(*item, r) for item, r in zip(prompts.items(), rollouts) if r is not None]
         texts = [text for _, _, rollout in done for text in rollout.texts]
@@ -117,7 +120,7 @@ def roll_out(prompts, parts, step, clock):
         scores, groups = score(texts, truths, parts.grader, cfg.reward), []
         for i, (position, prompt, r) in enumerate(done):
             lengths = torch.tensor([len(t) for t in r.tokens])
-            penalties = papo.overlong_penalty(lengths, cfg.max_response_tokens, cfg.overlong_buffer)
+            penalties = overlong_penalty(lengths, cfg.max_response_tokens, cfg.overlong_buffer)
             pairs = zip(scores[i * G : (i + 1) * G], penalties.tolist())
             whole = [s | {"overlong_penalty": penalty} for s, penalty in pairs]
             counted = [finished or not cfg.mask_cut_off for finished in r.finished]
@@ -137,7 +140,8 @@ def micro_batches(groups, prompts, parts, step):
         scored = [[torch.full((len(t),), counted) for t, counted in pair] for pair in pairs]
         rows = parts.policy.pack(read, tokens, scored)
         if cfg.masked_branch != "off":
-            rows.masked_pixels = mask_pictures(chosen, read, parts, step)
+            names = [(cfg.seed, "mask", step, g.position) for g in chosen]
+            rows.masked_pixels = parts.masker.of_all(read, names)
         sampled = padded([g.rollout.logprobs for g in chosen], rows.scored.shape).to(device)
         advantages = torch.stack([g.advantages for g in chosen]).to(device)
         pictured = torch.tensor([p.grid is not None for p in read], device=device)
@@ -145,33 +149,28 @@ def micro_batches(groups, prompts, parts, step):
     return batches
 
 
-def mask_pictures(groups, prompts, parts, step):
-    """I_mask of each prompt, one draw for all its responses -> pixels (N, D), or None"""
-    names = [(parts.cfg.seed, "mask", step, group.position) for group in groups]
-    try:
-        pixels = [parts.masker(p, generator(*name)) for p, name in zip(prompts, names)]
-    except ValueError as error:
-        fail(str(error), here=True)
-    return join(pixels)
-
-
 def score_before(updates, parts, clock):
     """What stays as it is while a step's updates change the weights: pi_old, pi_ref, and, as
-    released, pi_mask without a gradient."""
+    released, pi_mask without a gradient; and, from these, the credit of each token."""
     policy, cfg = parts.policy, parts.cfg
+    credit = cfg.credit != "none"
     for u, batches in enumerate(updates):
         for batch in batches:
             rows = batch.rows.to(parts.processes.device)
-            if u > 0:  # at the first update pi_old is pi_theta itself, and log_probs detaches it
+            # At the first update pi_old is pi_theta itself: log_probs detaches it.
+            if u > 0 or credit:
                 with clock("old"):
                     batch.old = score_only(policy, rows, rows.pixels).logp
-            if cfg.masked_branch == "kept":
+            if cfg.masked_branch == "kept" or credit:
                 exact = cfg.entropy == "exact"  # the entropy over the whole vocabulary as well
                 with clock("masked"):
                     batch.masked = score_only(policy, rows, rows.masked_pixels, exact)
             if parts.reference is not None:
                 with clock("reference"):
                     batch.ref = score_only(parts.reference, rows, rows.pixels).logp
+        if credit:
+            with clock("credit"):
+                weigh(batches, parts)
 
 
 def log_probs(batch, rows, policy, cfg):
@@ -191,7 +190,7 @@ def log_probs(batch, rows, policy, cfg):
         seen = policy(rows, rows.pixels, exact)
         masked = policy(rows, rows.masked_pixels, exact, cfg.masked_grad)
     old = seen.logp.detach() if batch.old is None else batch.old
-    return papo.LogProbs(seen, old, batch.sampled, masked, batch.ref, kl)
+    return papo.LogProbs(seen, old, batch.sampled, masked, batch.ref, kl, batch.credit)
 
 
 def update(batches, N, parts):

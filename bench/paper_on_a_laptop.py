@@ -94,7 +94,7 @@ class Runs:
     def load(self, file):
         """Take over the runs that a file holds."""
         found = json.loads(file.read_text())["runs"] if file.exists() else []
-        self.done = {(run["flags"], run["seed"]): run for run in found}
+        self.done |= {(run["flags"], run["seed"]): run for run in found}
 
     def train(self, wanted, file):
         """What is not done yet of [(flags, seed)], two at a time, into the file."""

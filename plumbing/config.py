@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import ClassVar
 
+from credit import CREDIT
 from loss import PERCEPTION
-from masking import MASKS
+from masking import MASKS, annealed
 from papo import ALGORITHMS
 from plumbing.common import fail
 from plumbing.families import TOYS
@@ -130,7 +131,7 @@ class Config:
         lambda: [*PERCEPTION, "exact"],
     )
     kl_clamp: float = knob(
-        10.0, "cap on a token's KL in nats, reference and perception; 0: none", low=0
+        10.0, "cap on a token's KL in nats, reference, perception and credit; 0: none", low=0
     )
     entropy: str = knob(
         "sampled",
@@ -164,6 +165,42 @@ class Config:
     noise_std: float = knob(0.6, "of --mask noise; 1 is the distance from black to white", low=0)
     semantic_model: str = knob(
         "facebook/dinov2-base", "the DINOv2 of --mask semantic, a folder or hub name"
+    )
+
+    # Credit and rollouts from the second picture; see credit.py and rollout.py.
+    credit: str = knob(
+        "none",
+        "weights of the policy term, token by token, from what the picture adds to each",
+        lambda: ["none", *CREDIT],
+    )
+    credit_share: float = knob(
+        0.4, "k of --credit vppo: the share of a response's tokens that it keeps", low=0, high=1
+    )
+    credit_floor: float = knob(
+        0.9, "beta_min of --credit vppo: what the response that looks least counts", low=0, high=1
+    )
+    credit_threshold: float = knob(
+        0.4,
+        "tau of --credit pgpo: tokens below it are weakened, others boosted",
+        low=0,
+        high=1,
+    )
+    credit_boost: float = knob(2.0, "beta of --credit pgpo: how strongly", low=0)
+    rollout_picture: str = knob(
+        "clean",
+        "what is rolled out on: the picture, or (noisy) by half of each group a noised picture, "
+        "whose responses are still scored on the clean one",
+        ["clean", "noisy"],
+    )
+    noise_steps: int = knob(
+        500, "alpha_0 of --rollout_picture noisy, in diffusion steps of 1,000", low=0, high=999
+    )
+    noise_anneal_steps: int = knob(
+        0, "t_max, the steps over which the noise fades; 0: it stays; default: --steps", low=0
+    )
+    noise_slope: float = knob(30.0, "lambda, how abruptly the noise fades", low=0, high=500)
+    noise_middle: float = knob(
+        40 / 60, "gamma / t_max: when half of the noise is left", low=0, high=1
     )
 
     # Which groups and responses count.
@@ -270,19 +307,24 @@ class Config:
     )
 
     def at_step(self, step):
-        """These settings as they are at one step, counted from 0: see anneal_steps."""
-        if not self.anneal_steps:
-            return self
-        left = max(0.0, 1 - step / self.anneal_steps)
-        weights = {name: left * getattr(self, name) for name in ("gamma", "eta1", "eta2")}
-        return dataclasses.replace(self, **weights)
+        """These settings as they are at one step, counted from 0: see anneal_steps and
+        noise_anneal_steps."""
+        now = {}
+        if self.anneal_steps:
+            left = max(0.0, 1 - step / self.anneal_steps)
+            now = {name: left * getattr(self, name) for name in ("gamma", "eta1", "eta2")}
+        if self.rollout_picture == "noisy" and self.noise_anneal_steps:
+            schedule = self.noise_anneal_steps, self.noise_slope, self.noise_middle
+            now["noise_steps"] = annealed(self.noise_steps, step + 1, *schedule)
+        return dataclasses.replace(self, **now) if now else self
 
     @property
     def masked_branch(self):
-        """When pi_mask is scored: "off", where no term of the objective needs it; "kept", once a
-        rollout, without a gradient, as released; "fresh", under the weights of each update."""
+        """When pi_mask is scored: "off", where nothing needs it; "kept", once a rollout, without a
+        gradient, as released; "fresh", under the weights of each update, which credit alone never
+        needs."""
         if not self.gamma and not self.eta2:
-            return "off"
+            return "off" if self.credit == "none" else "kept"
         return "fresh" if self.recompute_masked else "kept"
 
 
@@ -371,6 +413,8 @@ def resolve(flags, cuda):
     settings |= flags
     if settings.get("masked_grad") or settings.get("perception") == "exact":
         settings.setdefault("recompute_masked", True)
+    if settings.get("rollout_picture") == "noisy":
+        settings.setdefault("noise_anneal_steps", settings.get("steps", Config.steps))
     return Config(**settings), why
 
 
@@ -394,6 +438,18 @@ def check(cfg, world_size, cuda):
         fail(
             f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
             "can be formed"
+        )
+    if cfg.rollout_picture == "noisy" and cfg.group_size % 2:
+        fail(
+            f"--group_size {cfg.group_size} is odd: --rollout_picture noisy samples half of each "
+            "group on the noised picture; give an even number"
+        )
+    without = {"noise": "noise_std", "contrast": None, "absent": None}
+    strength = without.get(cfg.mask, "mask_ratio")
+    if cfg.credit != "none" and strength and not getattr(cfg, strength):
+        fail(
+            f"--{strength} 0 masks nothing, so no token has more --credit than another; give it a "
+            "value above 0"
         )
     if cfg.prompts_per_step % cfg.prompts_per_update:
         fail(

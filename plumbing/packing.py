@@ -35,6 +35,7 @@ import torch
 
 from plumbing.families import family_of
 
+UNSEEN = -1  # the part of tokens that no text may see
 # A flat row's length is rounded up to a multiple: FlexAttention compiles once for each length.
 LENGTH_BUCKET = 1024
 
@@ -46,7 +47,7 @@ class Packed:
     input_ids: torch.Tensor  # (rows, S)
     position_ids: torch.Tensor  # (3, rows, S) M-RoPE: time, height, width
     group: torch.Tensor  # (rows, S) which group a token belongs to
-    part: torch.Tensor  # (rows, S) 0: the prompt, g + 1: response g; padding is one more response
+    part: torch.Tensor  # (rows, S) 0: prompt, g + 1: response g; padding is one more; or UNSEEN
     pixels: torch.Tensor | None  # (N, D) of the pictures
     masked_pixels: torch.Tensor | None  # (N, D) of the masked pictures, where they are needed
     grid: torch.Tensor | None  # (pictures, 3)

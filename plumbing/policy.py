@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from plumbing.common import fail, first_line
 from plumbing.families import IMAGE_TOKEN, VISUAL_TOKENS, family_of, load_image_processor
-from plumbing.packing import attention_mask, may_attend, pack
+from plumbing.packing import UNSEEN, attention_mask, may_attend, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Elements of (tokens, vocabulary) in float32 that exist at a time: 256 MiB, forwards or backwards.
@@ -85,7 +86,7 @@ class Policy(nn.Module):
     def forward(self, rows, pixels, exact=False, grad=True, joint=None):
         """Packed rows on one picture -> Scores
 
-        pixels: rows.pixels for pi_theta, rows.masked_pixels for pi_mask
+        pixels: rows.pixels for pi_theta, rows.masked_pixels for pi_mask; None: no picture
         exact: with the entropy over the whole vocabulary; grad: with a gradient
         joint: a second picture that is scored in the same call, since the exact KL needs both
         distributions at once -> (Scores, Scores of the second, (KL, where it was clamped))
@@ -135,10 +136,16 @@ class Policy(nn.Module):
         return *seen, *masked, *exact_kl(seen_dist, masked_dist, joint.kl_clamp)
 
     def outputs(self, rows, pixels):
-        """-> (n, width): the last layer's outputs that predict the n scored tokens."""
+        """-> (n, width): the last layer's outputs that predict the n scored tokens.
+
+        Without pixels there is no picture: its tokens, where the prompts have such, keep their
+        places, and no other token sees them.
+        """
         nothing = 0.0
         if pixels is None:
             nothing = self.family.look_at_nothing(self.vlm, self.banned.device)
+            of_pictures = rows.input_ids == self.vlm.config.image_token_id
+            rows = replace(rows, part=rows.part.masked_fill(of_pictures, UNSEEN))
         if self.flat:
             R, S = rows.input_ids.shape
             rule = may_attend(rows.group, rows.part)

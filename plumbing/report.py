@@ -22,7 +22,7 @@ PANELS = [
     ("entropy (nats a token)", ["entropy", "masked_entropy"]),
     ("KL to the reference", ["ref_kl"]),
     ("clipped tokens", ["clip_high_fraction", "clip_low_fraction", "perception_clamped"]),
-    ("gradient norm", ["grad_norm"]),
+    ("gradient norm; credit", ["grad_norm", "credited_tokens", "credit_weight"]),
     ("response length (tokens)", ["response_tokens"]),
     ("seconds a step", ["seconds"]),
 ]

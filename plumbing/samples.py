@@ -66,19 +66,20 @@ def write_samples(parts, examples, out, step, questions=4, n=4):
 
 def look(parts, prompt, rollout):
     """KL_prcp of every token, and the picture and the masked picture, (H, W, 3) uint8 each
-    -> (G lists of R numbers, two pictures), or (None, []) of a prompt that has none"""
+    -> (G lists of R numbers, two pictures), or (None, []) of a prompt that has none. --mask absent
+    has no second picture to show."""
     rows = parts.policy.pack([prompt], [rollout.tokens])
     try:
         named = generator(parts.cfg.seed, "samples mask", prompt.example.id)
         rows.masked_pixels = parts.masker(prompt, named)
     except ValueError:  # validation data need not have what training needs, such as contrasts
-        pass
-    if rows.masked_pixels is None:
+        return None, []
+    if prompt.grid is None:
         return None, []
     grid = prompt.grid[0]
     first = int(grid.prod())
-    both = (rows.pixels, rows.masked_pixels)
-    pictures = [to_picture(x[:first], grid, parts.processors[1]) for x in both]
+    both = [x[:first] for x in (rows.pixels, rows.masked_pixels) if x is not None]
+    pictures = [to_picture(x, grid, parts.processors[1]) for x in both]
     rows = rows.to(parts.processes.device)
     seen = score_only(parts.policy, rows, rows.pixels)
     masked = score_only(parts.policy, rows, rows.masked_pixels)

@@ -40,6 +40,8 @@ def token(x, cfg, b, g, t, advantage):
     if cfg.importance_cap:
         gap = x["old"][b, g, t] - x["sampled"][b, g, t]
         share = share * clip(gap.exp(), None, cfg.importance_cap)
+    if "credit" in x:
+        share = share * x["credit"][b, g, t]
     if x["ref"] is not None:
         share = share - cfg.beta * divergence((x["ref"][b, g, t] - real[o]).exp(), cfg)
     if cfg.entropy == "exact":

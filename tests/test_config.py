@@ -84,6 +84,58 @@ def test_the_two_objectives(algo):
     assert all(getattr(official, name) == getattr(paper, name) for name in same)
 
 
+# Table 9 and appendix B of VPPO (arXiv 2510.09285); Table 6, section 5.1 and appendix A of PGPO
+# (arXiv 2604.01840); section 3 and Table 13 of NoisyRollout (arXiv 2504.13055), Geometry3K at 7B.
+AFTER_PAPO = {
+    "vppo": dict(
+        **dict(credit="vppo", credit_share=0.4, credit_floor=0.9, mask_ratio=0.5, eta1=0.06),
+        **dict(group_size=8, prompts_per_step=384, top_p=0.99, reward="paper"),
+        **dict(clip_high=0.28, dynamic_sampling=True),
+    ),
+    "pgpo": dict(
+        **dict(credit="pgpo", credit_threshold=0.4, credit_boost=2.0, eta1=0.0),
+        mask="absent",
+        **dict(group_size=5, prompts_per_step=384, top_p=0.99, reward="official"),
+        **dict(clip_high=0.28, dynamic_sampling=True),
+    ),
+    "noisy": dict(
+        **dict(credit="none", rollout_picture="noisy", noise_steps=500, noise_slope=30.0),
+        **dict(group_size=12, prompts_per_step=512, top_p=1.0, reward="official", eta1=0.0),
+        **dict(clip_high=0.2, dual_clip=0.0, dynamic_sampling=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("algo", AFTER_PAPO)
+def test_what_came_after_papo_has_its_papers_settings(algo):
+    cfg = preset("7b", algo)
+    check(cfg, 4, True)
+    shared = dict(clip_low=0.2, beta=0.0, gamma=0.0, eta2=0.0, lr=1e-6, weight_decay=0.01)
+    shared |= dict(prompts_per_update=128, temperature=1.0, max_response_tokens=2048)
+    shared |= dict(loss_mean="token", anneal_steps=0)
+    for name, value in {**shared, **AFTER_PAPO[algo]}.items():
+        assert getattr(cfg, name) == value, name
+    assert cfg.masked_branch == ("off" if algo == "noisy" else "kept")  # never with a gradient
+    paper = preset("7b", algo, objective="paper")
+    assert (paper.loss_mean, paper.top_p) == ("token", cfg.top_p)
+    assert paper.reward == ("official" if algo == "pgpo" else "paper")
+    assert paper.masked_branch == cfg.masked_branch
+
+
+def test_the_noise_fades_as_the_paper_has_it():
+    """Its 60 steps of Geometry3K with lambda 30 and gamma 40, worked out by hand: at step t,
+    500 / (1 + exp((t - 40) / 2)), rounded down."""
+    cfg = preset("7b", "noisy", steps=60)
+    assert cfg.noise_anneal_steps == 60 and cfg.noise_middle * 60 == pytest.approx(40)
+    at = {t: cfg.at_step(t - 1).noise_steps for t in (1, 30, 38, 40, 42, 50, 53, 60)}
+    assert at == {1: 499, 30: 496, 38: 365, 40: 250, 42: 134, 50: 3, 53: 0, 60: 0}
+    assert preset("7b", "noisy", steps=60, noise_anneal_steps=0).at_step(50).noise_steps == 500
+    assert preset("7b", "grpo").at_step(10) == preset("7b", "grpo")
+    both = preset("3b", "papo_g", rollout_picture="noisy", group_size=6, anneal_steps=101)
+    assert both.at_step(101).gamma == 0 and both.at_step(101).noise_steps == 496  # t = 102 of 202
+    assert preset("3b", "papo_g", rollout_picture="noisy").noise_anneal_steps == 202  # --steps
+
+
 def test_a_flag_wins_over_every_preset():
     for name, value in [
         ("gamma", 0.5),
@@ -122,6 +174,9 @@ BAD = [
     (dict(group_size=1), "at least 2"),
     (dict(prompts_per_round=0), "greater than 0"),
     (dict(min_pixels=2000, max_pixels=1000), "no picture has a size between"),
+    (dict(rollout_picture="noisy"), "--group_size 5 is odd"),
+    (dict(credit="vppo", mask_ratio=0.0), "--mask_ratio 0 masks nothing"),
+    (dict(credit="pgpo", mask="noise", noise_std=0.0), "--noise_std 0 masks nothing"),
 ]
 
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 
 import paper_on_a_laptop as laptop  # noqa: E402
+import side_by_side  # noqa: E402
 
 from plumbing import report  # noqa: E402
 
@@ -107,3 +108,27 @@ def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs(kept):
     for algo in ("grpo", "papo_g"):
         for seed in laptop.SEEDS:
             assert warnings(kept.done[f"--algo {algo}", seed]) == []
+
+
+def test_methods_side_by_side(tmp_path):
+    """A line a method, over the seeds that there are, each against what its paper builds on."""
+    runs = laptop.Runs(tmp_path)
+    for level, (_, algo, _, _) in enumerate(side_by_side.METHODS):
+        for seed in laptop.SEEDS[: 3 if algo == "vppo" else 5]:
+            accuracy = 0.4 + 0.05 * level + 0.01 * seed
+            summary = {"accuracy": accuracy, "followed": 1 - accuracy}
+            runs.done[side_by_side.job(algo, seed)] = {
+                "seconds": 60 + 30 * level,
+                "config": {"steps": 30},
+                "after": {"general": summary, "vision": summary},
+            }
+    del runs.done[side_by_side.job("dapo", 1)]
+    table = [line.split(" | ") for line in side_by_side.page(runs).splitlines() if "`" in line]
+    lines = {cells[0].strip("| "): cells for cells in table if len(cells) > 3}
+    assert list(lines) == [label for label, *_ in side_by_side.METHODS]
+    # 40 + 1 .. 5 per cent: the mean is 43, and t(4) 1.5811 / sqrt(5) is 1.96.
+    assert lines["GRPO"][3:6] == ["43.0 ± 2.0", "43.0 ± 2.0", "57.0 ± 2.0"]
+    assert lines["GRPO"][6:8] == ["", ""] and lines["GRPO"][8] == "2.0"
+    assert lines["PAPO_G"][6:8] == ["+5.0 points (+5.0 .. +5.0)", "confirmed"]
+    # Two seeds that both have: 2 and 3.
+    assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)" and lines["VPPO"][9] == "3 |"

@@ -10,7 +10,7 @@ from conftest import both_families
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from masking import Masker, black_row, blacken_cells, choose_patches, mask_patches
+from masking import Masker, black_row, blacken_cells, choose_patches, mask_patches, noised
 from plumbing.common import generator
 from plumbing.data import Example, encode
 from plumbing.families import row_order, to_picture
@@ -177,7 +177,7 @@ def test_every_kind_changes_every_picture_and_never_its_input(
         assert not torch.equal(masked, hide(two_pictures, generator(1, "mask", 1, 0)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "absent"])
 def test_no_picture_no_mask(kind, cfg, processors, dino):
     text = encode(Example("t", "how many red objects are there ?", "3"), *processors)
     assert masker(cfg, processors, mask=kind, semantic_model=dino)(text, generator(0)) is None
@@ -287,3 +287,44 @@ def test_a_model_that_is_no_dinov2_gets_one_sentence(folder, processors):
         with pytest.raises(SystemExit, match=message):
             Saliency(name, processors[1])
     assert list(DINO_LAYERS) == [6, 7, 8, 9]
+
+
+# ------------------------------------------------------------------- the noised picture to roll out
+
+
+@both_families
+def test_a_noised_picture_is_a_step_of_diffusion(prompts, processors):
+    """sqrt(a) and sqrt(1 - a), worked out in plain Python, are found again in a grey picture, whose
+    noise is hardly ever cut."""
+    grey = encode(
+        Example("grey", "<image> ?", "1", [Image.new("RGB", (84, 84), (128,) * 3)]), *processors
+    )
+    image_processor = processors[1]
+    mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+    expected = {100: (0.99829, 0.05841), 250: (0.98913, 0.14702), 500: (0.86302, 0.50517)}
+    for steps, (kept, noise) in expected.items():
+        pixels = noised(grey, steps, generator("noise"), image_processor).pixels
+        x = pixels.view(len(pixels), 3, -1) * std[:, None] + mean[:, None]  # 0 black, 1 white
+        assert 0 <= x.min() + 1e-6 and x.max() <= 1 + 1e-6
+        middle = kept * 128 / 255
+        drawn = middle + noise * torch.randn(100_000, generator=generator("another"))
+        assert x.mean().item() == pytest.approx(drawn.clamp(0, 1).mean().item(), abs=0.01)
+        assert x.std().item() == pytest.approx(drawn.clamp(0, 1).std().item(), rel=0.05)
+    # Both frames of a patch show one picture.
+    frames = image_processor.temporal_patch_size
+    assert frames == 2 and torch.equal(*pixels.view(len(pixels), 3, frames, -1).unbind(2))
+
+
+@both_families
+def test_noise_is_named_and_leaves_the_prompt_alone(prompts, processors):
+    prompt, image_processor = prompts[0], processors[1]
+    before = prompt.pixels.clone()
+    first, again, other = (
+        noised(prompt, 300, generator(1, "noise", step, 4), image_processor) for step in (2, 2, 3)
+    )
+    assert torch.equal(first.pixels, again.pixels) and not torch.equal(first.pixels, other.pixels)
+    assert torch.equal(prompt.pixels, before) and not torch.equal(first.pixels, before)
+    assert first.ids is prompt.ids and first.grid is prompt.grid
+    assert noised(prompt, 0, generator(0), image_processor) is prompt  # it has faded altogether
+    words = replace(prompt, pixels=None, grid=None)
+    assert noised(words, 300, generator(0), image_processor) is words

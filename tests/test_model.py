@@ -1,6 +1,6 @@
 """The packed forward gives what one row per response gives, for one prompt each."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -94,6 +94,28 @@ def test_the_picture_matters_to_the_score(policy, prompts, processors):
     seen = look(policy, packed)
     black = torch.zeros_like(packed.pixels)
     assert (seen - policy(packed, black).logp).abs().max() > 1e-3
+
+
+def test_an_absent_picture_is_one_whose_tokens_were_taken_out(policy, prompts, processors):
+    """Without pixels the log-probs are those of rows from which the picture's tokens are deleted,
+    every other token staying at its position; and not those of a black picture."""
+    prompt = prompts[0]
+    tokens = random_responses([prompt], processors[0])
+    rows = policy.pack([prompt], tokens)
+    black = black_row(processors[1]).expand_as(rows.pixels)
+    stays = rows.input_ids[0] != policy.vlm.config.image_token_id
+    assert 0 < stays.sum() < len(stays)
+    place = stays.cumsum(0) - 1  # of each token that stays
+    cut = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    cut |= {name: cut[name][:, stays] for name in ("input_ids", "group", "part")}
+    cut |= {"position_ids": rows.position_ids[:, :, stays], "predictor": place[rows.predictor]}
+    shorter = type(rows)(**cut | {"pixels": None, "grid": None})
+    with torch.no_grad():
+        absent, wanted, other = (
+            policy(r, pixels).logp for r, pixels in ((rows, None), (shorter, None), (rows, black))
+        )
+    assert torch.allclose(absent, wanted, atol=1e-5)
+    assert (absent - other).abs().max() > 1e-3
 
 
 def test_banned_tokens_are_the_visual_ones(policy, processors):

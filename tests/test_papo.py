@@ -16,10 +16,10 @@ from papo import (
     fill_batch,
     group_advantages,
     objective,
-    overlong_penalty,
 )
 from plumbing.config import resolve
 from plumbing.policy import Scores
+from reward import overlong_penalty
 
 ALGOS = ["grpo", "dapo", "papo_g", "papo_d"]
 VOCABULARY = 7
@@ -70,7 +70,8 @@ def scores(x, cfg):
 def said(x, cfg):
     """Everything that is said of the tokens -> LogProbs"""
     seen, masked, kl = scores(x, cfg)
-    return LogProbs(seen, x["old"], x["sampled"], masked, x["ref"], kl)
+    kl = kl if cfg.perception == "exact" else None
+    return LogProbs(seen, x["old"], x["sampled"], masked, x["ref"], kl, x.get("credit"))
 
 
 def leaves(x):
@@ -138,6 +139,15 @@ def test_every_variant_is_the_slow_reference(perception, masked_grad, entropy, l
 def test_every_algorithm_is_the_slow_reference(algo, objective_name, no_ref_kl):
     cfg = settings(algo, objective=objective_name, no_ref_kl=no_ref_kl)
     x = example(seed=1, extreme=objective_name == "official")
+    agrees({**x, "ref": x["ref"] if cfg.beta else None}, cfg)
+
+
+@pytest.mark.parametrize("algo,objective_name", product(ALGOS, ["official", "paper"]))
+def test_credit_combines_with_every_algorithm(algo, objective_name):
+    x = example(seed=2, extreme=objective_name == "official")
+    credit = torch.rand(x["mask"].shape, generator=torch.Generator().manual_seed(3)).double()
+    x["credit"] = credit * (credit > 0.4)  # some tokens have none
+    cfg = settings(algo, objective=objective_name, importance_cap=1.2)
     agrees({**x, "ref": x["ref"] if cfg.beta else None}, cfg)
 
 
@@ -421,6 +431,24 @@ def test_importance_weights_are_on_the_policy_term_only(cfg):
         assert torch.allclose(sums["sampler_kl"][0], (d.exp() - d - 1).sum())
     caps = [replace(cfg, importance_cap=c) for c in (0.0, 1.5)]
     assert torch.equal(*(fast(silent(x), capped)[1]["logits"] for capped in caps))
+
+
+def test_credit_is_on_the_policy_term_only(cfg):
+    """Twice the credit is twice the policy's gradient, token by token; the other terms do not see
+    it, and no credit is the plain algorithm to the last bit."""
+    x = example(extreme=False)
+    twice, once = ({**x, "credit": torch.full_like(x["old"], w)} for w in (2.0, 1.0))
+    policy = only(cfg)
+    assert torch.equal(fast(twice, policy)[1]["logits"], 2 * fast(x, policy)[1]["logits"])
+    assert torch.equal(fast(once, cfg)[1]["logits"], fast(x, cfg)[1]["logits"])
+    assert torch.equal(
+        *(fast(silent(other), cfg)[1]["logits"] for other in (twice, {**x, "credit": None}))
+    )
+    sums = fast({**x, "credit": x["mask"] * torch.linspace(0, 2, 5)}, cfg)[2]
+    mask = x["mask"]
+    assert torch.allclose(sums["credit_weight"][0], (mask * torch.linspace(0, 2, 5)).sum().double())
+    assert sums["credited_tokens"].tolist() == [mask[..., 1:].sum(), mask.sum()]
+    assert "credit_weight" not in fast(x, cfg)[2]
 
 
 @pytest.mark.parametrize("right,word", [([4], "too easy"), ([0], "too hard")])

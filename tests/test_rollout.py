@@ -2,17 +2,19 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from conftest import both_families
 
 from loss import policy_logits
+from masking import noised
 from plumbing.common import generator
 from plumbing.data import encode
 from plumbing.packing import pack
 from plumbing.policy import load_vlm
 from reward import well_formed
-from rollout import TransformersSampler, nucleus
+from rollout import TransformersSampler, nucleus, sample_groups
 from toy.task import ToyData
 
 
@@ -151,3 +153,38 @@ def test_a_think_that_the_template_opens_is_part_of_the_response(policy, process
     assert rollout.texts == ["<think> " + text for text in decoded]
     response = "one and two are 3 </think> \\boxed{3}"
     assert not well_formed(response) and well_formed(opened.opening + response)
+
+
+def test_half_of_a_group_is_rolled_out_on_a_noised_picture(policy, processors, cfg, prompts):
+    """The first half is what the clean picture gives, the second what the noised one gives, and its
+    log-probs are those on the noised one."""
+    cfg = replace(cfg, rollout_picture="noisy", group_size=6, noise_steps=400)
+    sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
+    parts = SimpleNamespace(cfg=cfg, sampler=sampler, processors=processors)
+    few = {7: prompts[0], 3: replace(prompts[1], ids=prompts[1].ids.repeat(40)), 9: prompts[2]}
+    rollouts = sample_groups(few, parts, step=5)
+    assert rollouts[1] is None and all(len(r.tokens) == 6 for r in rollouts if r)  # 3 is too long
+    seen = [few[7], few[9]]
+    draws = [generator(cfg.seed, "noise", 5, position) for position in (7, 9)]
+    blurred = [noised(p, 400, draw, processors[1]) for p, draw in zip(seen, draws)]
+    for half, given, name in [(0, seen, "sample"), (1, blurred, "sample noised")]:
+        alone = sampler.generate(given, 3, [(cfg.seed, name, 5, position) for position in (7, 9)])
+        rows = pack(policy.vlm, given, [r.tokens for r in alone])
+        with torch.no_grad():
+            logp = policy(rows, rows.pixels).logp
+        for b, (r, own) in enumerate(zip([rollouts[0], rollouts[2]], alone)):
+            mine = slice(3 * half, 3 * half + 3)
+            assert all(torch.equal(x, y) for x, y in zip(r.tokens[mine], own.tokens))
+            assert r.texts[mine] == own.texts and r.finished[mine] == own.finished
+            for g, sampled in enumerate(r.logprobs[mine]):
+                assert torch.allclose(logp[b, g, : len(sampled)], sampled, atol=1e-4)
+
+
+def test_noise_that_has_faded_leaves_two_halves_of_one_kind(policy, processors, cfg, prompts):
+    cfg = replace(cfg, rollout_picture="noisy", group_size=4, noise_steps=0)
+    sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
+    parts = SimpleNamespace(cfg=cfg, sampler=sampler, processors=processors)
+    (r,) = sample_groups({2: prompts[0]}, parts, step=0)
+    (again,) = sampler.generate([prompts[0]], 2, [(cfg.seed, "sample noised", 0, 2)])
+    assert all(torch.equal(x, y) for x, y in zip(r.tokens[2:], again.tokens))
+    assert not all(torch.equal(x, y) for x, y in zip(r.tokens[:2], r.tokens[2:]))  # other draws

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -107,13 +108,20 @@ def test_checkpoints_load_elsewhere(finished):
     assert model.generation_config.eos_token_id == tok.eos_token_id
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d"])
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d", "vppo", "pgpo", "noisy"])
 def test_the_other_algorithms_run(algo, tmp_path):
     train(tmp_path / "run", "--algo", algo, "--steps", 2)
     last = metrics(tmp_path / "run")[-1]
-    assert ("perception_kl" in last) == algo.startswith("papo")
+    assert ("perception_kl" in last) == (algo in ("papo_d", "vppo", "pgpo"))
+    assert ("credit_weight" in last) == (algo in ("vppo", "pgpo"))
+    assert ("noise_steps" in last) == (algo == "noisy")
     assert ("ref_kl" in last) == (algo == "grpo")
-    if algo != "grpo":  # dynamic sampling kept informative groups only
+    if algo == "vppo":  # 0.4 of each response's tokens, rounded up, with a mean alpha of 1
+        assert 0.4 < last["credited_tokens"] < 0.6
+        assert last["credit_weight"] == pytest.approx(last["credited_tokens"], rel=0.1)
+    if algo == "pgpo":  # each response keeps its advantage in sum
+        assert last["credit_weight"] == pytest.approx(1.0)
+    if algo not in ("grpo", "noisy"):  # dynamic sampling kept informative groups only
         assert last["equal_groups"] == 0 and last["generated_prompts"] >= 4
 
 
@@ -203,6 +211,8 @@ SETTINGS = {
     "paper": "--objective paper",
     "exact": "--perception exact --entropy exact --masked_grad --eta2 0.03",
     "qwen3": "--model toy-qwen3 --activation_checkpointing --tokens_per_forward 400",
+    "vppo": "--algo vppo",
+    "pgpo": "--credit pgpo --recompute_masked --rollout_picture noisy",
 }
 
 
@@ -217,7 +227,7 @@ def test_two_processes_are_one(flags, tmp_path):
     """FSDP2 over gloo: the same losses, rewards and gradient norms as one process, and the same
     weights after three updates and more."""
     one, two = (train_on(n, tmp_path / str(n), "--steps", 2, *flags) for n in (1, 2))
-    for name in SAME:
+    for name in (name for name in [*SAME, "credit_weight"] if name in one[0]):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
         assert two[1][name] == pytest.approx(one[1][name], rel=2e-2, abs=1e-4), name
     files = (tmp_path / n / "checkpoint-2" / "model.safetensors" for n in ("1", "2"))
@@ -310,11 +320,14 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path):
         assert abs(m["loss"] - terms) < 1e-6
 
 
-def test_micro_batches_are_memory_only(tmp_path):
-    train(tmp_path / "small", "--steps", 1)
-    train(tmp_path / "large", "--steps", 1, "--tokens_per_forward", 400)
+@pytest.mark.parametrize("credit", ["none", "vppo"])
+def test_micro_batches_are_memory_only(credit, tmp_path):
+    flags = ["--steps", 1, "--credit", credit]
+    train(tmp_path / "small", *flags)
+    train(tmp_path / "large", *flags, "--tokens_per_forward", 400)
     a, b = metrics(tmp_path / "small")[0], metrics(tmp_path / "large")[0]
-    for name in ("loss", "perception_kl", "ref_kl", "entropy", "grad_norm", "reward"):
+    names = ["loss", "perception_kl", "ref_kl", "entropy", "grad_norm", "reward", "policy_loss"]
+    for name in names + (["credit_weight"] if credit == "vppo" else []):
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
@@ -425,6 +438,12 @@ VARIANTS = {
     "noise": dict(mask="noise"),
     "contrast": dict(mask="contrast"),
     "patches": dict(mask_unit="patch"),
+    "absent": dict(mask="absent", masked_grad=True),
+    "credit on the paper's objective": dict(credit="pgpo", objective="paper"),
+    "credit and noised rollouts": dict(credit="vppo", rollout_picture="noisy"),
+    "credit without an exact perception term": dict(
+        credit="vppo", perception="exact", entropy="exact", gamma=0.0
+    ),
     "cut-off responses": dict(mask_cut_off=True, overlong_buffer=16, max_response_tokens=24),
 }
 
@@ -454,6 +473,58 @@ def test_the_first_updates_ratio_is_exactly_one(tmp_path, folder, monkeypatch):
     module.train_step(parts, module.Progress())
     assert len(ratios) == 4
     assert all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:])
+
+
+@pytest.mark.parametrize(
+    "algo, wanted",
+    [
+        ("grpo", {"seen, gradient": 4, "seen": 2}),  # pi_old before the second update
+        ("noisy", {"seen, gradient": 4, "seen": 2}),
+        ("papo_g", {"seen, gradient": 4, "seen": 2, "masked": 4}),
+        ("vppo", {"seen, gradient": 4, "seen": 4, "masked": 4}),  # and before the first
+    ],
+)
+def test_a_step_runs_no_pass_that_nothing_needs(algo, wanted, tmp_path, folder, monkeypatch):
+    """Two updates of two micro-batches. Credit costs one pass on each picture, none of them with a
+    gradient, and is free where it is off."""
+    parts = one_run(tmp_path, folder, algo=algo, beta=0.0, dynamic_sampling=False)
+    passes, forward = Counter(), parts.policy.forward
+
+    def counted(rows, pixels, *rest, **more):
+        kind = "masked" if pixels is rows.masked_pixels else "seen"
+        passes[kind + (", gradient" if torch.is_grad_enabled() else "")] += 1
+        return forward(rows, pixels, *rest, **more)
+
+    monkeypatch.setattr(parts.policy, "forward", counted)
+    module.train_step(parts, module.Progress())
+    assert passes == wanted
+
+
+def test_noised_rollouts_are_trained_on_the_clean_picture(tmp_path, folder, monkeypatch):
+    """Every pass of the trainer is on the pixels of the data, pi_old included; only the sampler's
+    own log-probs know of the noise."""
+    parts = one_run(tmp_path, folder, algo="noisy", noise_anneal_steps=0, lr=1e-3)
+    clean = torch.cat([parts.stream[i].pixels for i in range(4)])
+    given, said, real = [], [], papo.objective
+    forward = parts.policy.forward
+
+    def watched(rows, pixels, *rest, **more):
+        given.append(pixels)
+        return forward(rows, pixels, *rest, **more)
+
+    def heard(*arguments):
+        said.append(arguments[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(parts.policy, "forward", watched)
+    monkeypatch.setattr(papo, "objective", heard)
+    module.train_step(parts, module.Progress())
+    for pixels in given:
+        assert any(torch.equal(pixels, other) for other in clean.split(len(pixels)))
+    for s in said[:2]:  # the first update: pi_old is pi_theta, on the clean picture
+        assert torch.equal(s.old, s.seen.logp.detach())
+        gap = (s.old - s.sampled).abs().amax(-1)  # (B, G)
+        assert gap[:, :2].max() < 1e-3 < gap[:, 2:].max()
 
 
 # -------------------------------------------------------------------------- whose folders these are

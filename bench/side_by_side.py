@@ -1,0 +1,97 @@
+"""What the second picture can be used for, side by side on the toy: the same budget, five seeds.
+
+    python bench/side_by_side.py            # train what is missing; a run is 3 to 5 minutes
+    python bench/side_by_side.py --judge    # train nothing; write the table of what there is
+
+Runs are those of paper_on_a_laptop.py: the command train.py with one thread, two runs at a time,
+kept in the same folder and gone on with after an interruption. What its results file holds already
+is taken over: the same flags are the same run. Every method is compared with the algorithm that its
+paper builds on, by the rule there. Writes results/side_by_side.json and results/side_by_side.md.
+"""
+
+import argparse
+from pathlib import Path
+
+from paper_on_a_laptop import NAME as LAPTOP
+from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, verdict
+
+NAME = "side_by_side"
+# (label, algorithm, what it builds on, what it uses the second picture as)
+METHODS = [
+    ("GRPO", "grpo", None, "nothing"),
+    ("PAPO_G", "papo_g", "grpo", "a loss"),
+    ("NoisyRollout", "noisy", "grpo", "a source of rollouts"),
+    ("DAPO", "dapo", None, "nothing"),
+    ("PAPO_D", "papo_d", "dapo", "a loss"),
+    ("VPPO", "vppo", "dapo", "credit"),
+    ("PGPO", "pgpo", "dapo", "credit"),
+]
+ABOUT = """Written by `python bench/side_by_side.py`. Accuracies are per cent, avg@4 on 256
+questions a split, means over seeds with their 95 % interval (Student's t). A difference is in
+points, with the same seeds on both sides. Seconds include validation, and depend on what else the
+machine did."""
+HEADS = (
+    "method, algorithm, second picture, vision, general, wrong hints followed, vision against its "
+    "base, is it above, seconds a step, seeds"
+).split(", ")
+
+
+def job(algo, seed):
+    """A run, as paper_on_a_laptop.py names it."""
+    return f"--algo {algo}", seed
+
+
+def with_interval(values):
+    """Mean and 95 % interval of one number a seed, as text."""
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def row(label, algo, base, use, runs):
+    """One method's line of the table, over the seeds that there are -> cells, [] without any"""
+    seeds = [seed for seed in SEEDS if job(algo, seed) in runs.done]
+    if not seeds:
+        return []
+    flags = f"--algo {algo}"
+    columns = [("vision", "accuracy"), ("general", "accuracy"), ("vision", "followed")]
+    cells = [with_interval(runs.after(flags, seeds, *column)) for column in columns]
+    both = [seed for seed in seeds if job(base, seed) in runs.done]
+    against = ("", "")
+    if both:
+        pair = (runs.after(f"--algo {a}", both) for a in (base, algo))
+        against = verdict([y - x for x, y in zip(*pair)])
+    done = [runs.done[job(algo, seed)] for seed in seeds]
+    pace = interval([run["seconds"] / run["config"]["steps"] for run in done])[0]
+    cells += [against[1], against[0], f"{pace:.1f}", str(len(seeds))]
+    return [label, f"`train.py {flags}`", use, *cells]
+
+
+def page(runs):
+    """The table as text."""
+    rows = [cells for method in METHODS if (cells := row(*method, runs))]
+    lines = [HEADS, ["---"] * len(HEADS), *rows]
+    table = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join(["# Side by side", "", ABOUT, "", *table, ""])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--judge", action="store_true", help="train nothing: write the table again")
+    p.add_argument("--work", default=ROOT / "out" / "laptop", help="where the runs are kept")
+    p.add_argument("--out", default=ROOT / "results", type=Path, help="where results are written")
+    args = p.parse_args()
+    runs, file = Runs(args.work), args.out / f"{NAME}.json"
+    wanted = [job(algo, seed) for seed in SEEDS for _, algo, _, _ in METHODS]
+    for known in (ROOT / "results" / f"{LAPTOP}.json", file):
+        runs.load(known)
+    runs.done = {j: runs.done[j] for j in wanted if j in runs.done}
+    if not args.judge:
+        runs.train(wanted, file)
+    text = page(runs)
+    print(text)
+    runs.save(file)
+    (args.out / f"{NAME}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
