@@ -29,7 +29,7 @@ from plumbing.responses import answered, as_lines, as_trained, by_question
 from plumbing.setup import model_folder, splits_of
 from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
 from plumbing.summary import summarise, table
-from reward import boxed, score
+from reward import REWARDS, boxed, score
 
 CHUNK = 64  # questions that are sampled together
 
@@ -121,6 +121,11 @@ def parser():
     add("--sampler", choices=["vllm", "hf"], help="default: vllm where it can run, else hf")
     add("--max_response_tokens", type=int, help="responses are cut off here; default: as trained")
     add("--blind", action="store_true", help="every picture is black: what needs no picture")
+    add(
+        "--reward",
+        choices=REWARDS,
+        help="how answers are asked for and graded; default: as trained",
+    )
     add("--strict", action="store_true", help="stop at the first row that cannot be used")
     add("--out", help="JSON lines of every response; default: eval-<data>.jsonl beside the model")
     add("--compare", nargs=2, metavar="FILE", help="compare two files of responses; no model")
@@ -151,9 +156,9 @@ def examples_of(args, cfg, processors, out, done):
 def evaluate(args):
     """Answer what is still to be answered, and print the table."""
     cuda, first = torch.cuda.is_available(), args.data.split(",")[0]
-    limits = {"max_response_tokens": args.max_response_tokens} if args.max_response_tokens else {}
+    given = {k: getattr(args, k) for k in ("max_response_tokens", "reward") if getattr(args, k)}
     flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
-    cfg, why = resolve({**flags, **as_trained(args.model), **limits}, cuda)
+    cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
     check(cfg, 1, cuda)
     folder = model_folder(args.model, cfg)
     processors = load_processors(folder, cfg)
@@ -162,7 +167,7 @@ def evaluate(args):
     settings = {k: getattr(args, k) for k in "model data n questions seed blind".split()}
     same = (
         "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels "
-        "hint_right"
+        "hint_right reward"
     )
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     may_write(out.parent)
@@ -203,7 +208,7 @@ def main():
         return print("\n".join(compare(*args.compare, args.out or "compare.png")))
     if args.rescore:
         again = args.out or f"{args.rescore.removesuffix('.jsonl')}-rescored.jsonl"
-        return print("\n".join(rescore(args.rescore, again)))
+        return print("\n".join(rescore(args.rescore, again, args.reward or "official")))
     if not args.model:
         fail("--model is needed, or --compare or --rescore; see --help")
     if args.n < 1 or args.questions is not None and args.questions < 1:

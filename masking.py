@@ -14,7 +14,8 @@ prompt, the Masker that holds the settings, and a generator, and returns new pix
 of the prompt, (N, D) with the rows of prompt.pixels, or None for no picture at all (Policy.outputs
 says how). It never changes its input.
 
-`noised` makes another second picture, one to roll out on (rollout.sample_groups).
+A second picture can also be one to roll out on (groups.sample_groups). That kind is a function
+below under @source("name"), and --rollout_picture offers every name.
 """
 
 import math
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 
 from plumbing.common import fail, generator, register
+from plumbing.data import seconds
 from plumbing.families import encode_pictures
 from plumbing.packing import join
 from plumbing.pictures import rgb
@@ -31,11 +33,17 @@ from plumbing.saliency import Saliency
 
 RAW_CELL = 14  # pixels of the original picture (verl/trainer/papo_utils.py:17 of the released code)
 MASKS = {}  # what --mask can be
+SOURCES = {}  # what --rollout_picture can be, beside clean
 
 
 def kind(name):
     """Register a kind of mask: f(prompt, masker, generator) -> pixels (N, D)"""
     return register(MASKS, name)
+
+
+def source(name):
+    """Register a picture to roll out on: f(prompt, cfg, image_processor, generator) -> Prompt"""
+    return register(SOURCES, name)
 
 
 class Masker:
@@ -124,7 +132,7 @@ def raw_cells(prompt, masker, generator):
     """
     ratio = masker.cfg.mask_ratio
     pictures = [blacken_cells(rgb(p), ratio, generator) for p in prompt.example.images]
-    return processed(pictures, prompt, masker)
+    return processed(pictures, prompt, masker.image_processor)
 
 
 @kind("semantic")
@@ -146,16 +154,7 @@ def noise(prompt, masker, generator):
 def contrast(prompt, masker, generator):
     """The data's own second pictures, such as one of another class (arXiv 2602.07605), resized to
     the sizes at which the vision tower sees the first ones."""
-    example, p = prompt.example, masker.image_processor.patch_size
-    if len(example.contrast) != len(example.images):
-        raise ValueError(
-            f"example {example.id} has {len(example.images)} pictures but {len(example.contrast)} "
-            "in its contrast column; --mask contrast needs one for each"
-        )
-    sizes = [(int(w) * p, int(h) * p) for _, h, w in prompt.grid]
-    pairs = zip(example.contrast, sizes)
-    pictures = [rgb(c).resize(size, Image.Resampling.BICUBIC) for c, size in pairs]
-    return processed(pictures, prompt, masker)
+    return stand_ins("contrast", prompt, masker.image_processor)
 
 
 @kind("absent")
@@ -165,9 +164,19 @@ def absent(prompt, masker, generator):
     return None
 
 
-def processed(pictures, prompt, masker):
+def stand_ins(name, prompt, image_processor):
+    """The second pictures of this name (plumbing.sources.SECOND), at the sizes at which the vision
+    tower sees the first ones -> pixels (N, D). Raises ValueError if they are not one for each."""
+    p = image_processor.patch_size
+    sizes = [(int(w) * p, int(h) * p) for _, h, w in prompt.grid]
+    pairs = zip(seconds(prompt.example, [name]), sizes)
+    pictures = [rgb(c).resize(size, Image.Resampling.BICUBIC) for c, size in pairs]
+    return processed(pictures, prompt, image_processor)
+
+
+def processed(pictures, prompt, image_processor):
     """Pictures that stand in for the prompt's -> their pixels; their grid must be the same."""
-    pixels, grid = encode_pictures(pictures, masker.image_processor)
+    pixels, grid = encode_pictures(pictures, image_processor)
     assert torch.equal(grid, prompt.grid), "the other picture must have the grid of the first"
     return pixels
 
@@ -196,7 +205,21 @@ def add_noise(pixels, std, generator, image_processor, kept=1.0):
     return ((x.clamp(0, 1) - mean) / scale).view_as(pixels)
 
 
-# ------------------------------------------------------------- the picture to roll out on, noised
+# ------------------------------------------------------------------- pictures to roll out on
+
+
+@source("noisy")
+def noisy(prompt, cfg, image_processor, generator):
+    """NoisyRollout's (arXiv 2504.13055): the picture, noised, by less and less as training goes."""
+    return noised(prompt, cfg.noise_steps, generator, image_processor)
+
+
+@source("positive")
+def positive(prompt, cfg, image_processor, generator):
+    """TAPO's (arXiv 2602.07605): another picture of the same class, at the size of the first."""
+    if prompt.pixels is None:
+        return prompt
+    return replace(prompt, pixels=stand_ins("positive", prompt, image_processor))
 
 
 def annealed(alpha_0, t, t_max, slope, middle):

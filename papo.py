@@ -19,7 +19,6 @@ The paper prints one objective and its released code optimises another: --object
 default) and --objective paper. docs/differences.md lists every difference with its place.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,11 @@ ALGORITHMS = {
     "pgpo": DAPO | dict(credit="pgpo", mask="absent"),
     "noisy": dict(clip_high=0.20, beta=0.00, rollout_picture="noisy", top_p=1.0)
     | dict(prompts_per_step=512, group_size=12, dual_clip=0.0),
+    # PAPO_D with another class for the masked picture; half of a group is rolled out on a positive.
+    "tapo": DAPO
+    | dict(gamma=0.01, eta1=0.03, eta2=0.03, mask="contrast", reward="tagged")
+    | dict(rollout_picture="positive", update_on="own", group_size=10),
+    "tapo/qwen2.5-vl-7b": dict(prompts_per_step=192, prompts_per_update=64),
     **dict.fromkeys(["papo_g/toy", "papo_d/toy"], dict(gamma=0.3, anneal_steps=20)),  # on `val`
     # Without the reference KL nothing else holds the policy: double entropy is required (Table 8).
     "*/no_ref_kl": dict(beta=0.00),
@@ -52,35 +56,9 @@ ALGORITHMS = {
     | dict(reward="paper", loss_mean="sequence"),  # 1/N of Eq. (1) and (2)
     **dict.fromkeys(["dapo/paper", "papo_d/paper", "noisy/paper"], dict(loss_mean="token")),
     "vppo/paper": dict(loss_mean="token", top_p=0.99),
+    "tapo/paper": dict(loss_mean="token", update_on="anchor", reward="tagged"),
     "pgpo/paper": dict(loss_mean="token", top_p=0.99, reward="official"),
 }
-
-
-@dataclass
-class Group:
-    """G responses to one prompt with their scores, rewards and, once known, advantages."""
-
-    position: int  # in the stream of training prompts; names the prompt in every random draw
-    prompt_tokens: int
-    rollout: object  # rollout.Rollout: tokens, log-probs, finished or cut off
-    scores: list  # G dicts: overall, format, accuracy, overlong_penalty
-    counted: list  # G bools: is the response part of the loss?
-    advantages: torch.Tensor | None = None  # (G,)
-
-    def values(self, name):
-        return torch.tensor([s[name] for s in self.scores])
-
-    @property
-    def rewards(self):  # (G,)
-        return self.values("overall") + self.values("overlong_penalty")
-
-    @property
-    def packed_tokens(self):  # in the training passes, where the prompt is computed once
-        return self.prompt_tokens + sum(map(len, self.rollout.tokens))
-
-    @property
-    def lengths(self):  # of the responses that count
-        return [len(t) for t, counted in zip(self.rollout.tokens, self.counted) if counted]
 
 
 def group_advantages(rewards, eps=1e-6):

@@ -1,12 +1,12 @@
-"""Rule reward: is the response well formed, and is the boxed answer right?
+"""Rule reward: is the response well formed, and is its answer right?
 
     <think> red : 1 + 0 = 1 </think> \\boxed{ 1 }      truth 1: accuracy 1, format 1
     \\boxed{ 1 }                                       truth 1: accuracy 1, format 0
     <think> I see two. </think> \\boxed{ 2 }           truth 1: accuracy 0, format 1
 
 plumbing/answers.py decides when two answers are equal, and plumbing/grader.py limits how long that
-may take. A reward rule is one function below under @rule("name"), and --reward
-offers every name.
+may take. A reward rule is one function below under @rule("name"), and --reward offers every name.
+With it goes the form in which an answer is asked for and looked for, BOXED or TAGGED.
 """
 
 import re
@@ -18,6 +18,15 @@ from plumbing.common import register
 from plumbing.grader import Grader
 
 REWARDS = {}  # what --reward can be
+FORMS = {}  # the form of each
+
+
+class Form(NamedTuple):
+    """How an answer is given."""
+
+    instruction: str  # stands behind every problem of a data set
+    answer: object  # f(response) -> the answer as it stands there, or None
+    well_formed: object  # f(response) -> bool
 
 
 class Graded(NamedTuple):
@@ -29,34 +38,18 @@ class Graded(NamedTuple):
     format: float
 
 
-def rule(name):
-    """Register a reward rule: f(Graded) -> overall reward, a float"""
-    return register(REWARDS, name)
-
-
-@rule("official")
-def official(graded):
-    """The released code's reward (examples/reward_function/math.py)."""
-    return 0.9 * graded.accuracy + 0.1 * graded.format
-
-
-@rule("paper")
-def paper(graded):
-    """The paper's reward: R in {0, 1} (section 2.1)."""
-    return graded.accuracy
-
-
 def score(responses, truths, grader, kind="official"):
     """Grade responses, each once -> a list of {"overall", "format", "accuracy"}
 
     responses, truths: lists of equally many strings; kind: a name in REWARDS. Answers that have to
     be parsed are read in the grader's worker processes, all of them at once.
     """
-    answers = [boxed(response) for response in responses]
+    form = FORMS[kind]
+    answers = [form.answer(response) for response in responses]
     right = grader.grade_all(list(zip(answers, truths)))
     scores = []
     for response, truth, accurate in zip(responses, truths, right):
-        graded = Graded(response, truth, float(accurate), float(well_formed(response)))
+        graded = Graded(response, truth, float(accurate), float(form.well_formed(response)))
         overall = REWARDS[kind](graded)
         scores.append({"overall": overall, "format": graded.format, "accuracy": graded.accuracy})
     return scores
@@ -106,3 +99,66 @@ def well_formed(response):
         found = text.find(mark, at)
         whole, at = whole and found >= 0, found + len(mark)
     return whole
+
+
+def tagged(text):
+    """What stands in the last <answer>...</answer>, stripped; None without one."""
+    found = re.findall(r"<answer>([^<]*)</answer>", text)
+    return found[-1].strip() if found else None
+
+
+def well_tagged(response):
+    """Is the response <think>...</think> and <answer>...</answer>, with nothing around them?"""
+    thought, closed, said = response.strip().partition("</think>")
+    return bool(
+        closed
+        and thought.startswith("<think>")
+        and re.fullmatch(r"\s*<answer>[^<]*</answer>", said)
+    )
+
+
+# ---------------------------------------------------------------------------- forms and rules
+
+# The released template (examples/format_prompt/math_perception.jinja), its meaning in our words.
+BOXED = Form(
+    "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
+    "</think>, then give the final answer inside \\boxed{}.",
+    boxed,
+    well_formed,
+)
+# Fine-R1's (arXiv 2602.07605).
+TAGGED = Form(
+    "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
+    "</think>, then give the final answer between <answer> and </answer>.",
+    tagged,
+    well_tagged,
+)
+
+
+def rule(name, form=BOXED):
+    """Register a reward rule: f(Graded) -> overall reward, a float"""
+
+    def enter(function):
+        FORMS[name] = form
+        return register(REWARDS, name)(function)
+
+    return enter
+
+
+@rule("official")
+def official(graded):
+    """The released code's reward (examples/reward_function/math.py)."""
+    return 0.9 * graded.accuracy + 0.1 * graded.format
+
+
+@rule("paper")
+def paper(graded):
+    """The paper's reward: R in {0, 1} (section 2.1)."""
+    return graded.accuracy
+
+
+@rule("tagged", TAGGED)
+def class_name(graded):
+    """Fine-R1's reward for a class in tags, but that the whole answer has to be the class: the
+    released rule looks for it anywhere in the answer, so a list of all classes is always right."""
+    return official(graded)

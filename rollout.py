@@ -13,13 +13,12 @@ Every random draw is seeded by a name, (seed, "sample", step, position of the pr
 does not depend on the number of processes, nor, but for rounding, on which prompts share its batch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from loss import policy_logits
-from masking import noised
 from plumbing.common import generator
 from plumbing.families import family_of
 from plumbing.policy import full_parameters
@@ -33,34 +32,6 @@ class Rollout:
     logprobs: list  # (n,) float32 each, of the sampled tokens, before the nucleus
     finished: list  # bool: ended by itself; False: cut off at the limit
     texts: list  # decoded, special tokens left out, from the <think> that the prompt may end with
-
-
-def sample_groups(prompts, parts, step):
-    """G responses to each prompt of a step, {position: Prompt} -> [Rollout, or None where the
-    prompt was refused]
-
-    --rollout_picture noisy is NoisyRollout (arXiv 2504.13055): the second half of each group is
-    sampled on a noised picture, one draw a prompt, and everything after that, pi_old in the ratio
-    of Eq. (1) included, is on the clean one, without a correction (its Eq. (2)). Only the
-    sampler's own log-probs of that half are those of the noised picture. So sampler_gap then
-    measures the noise as well, and --importance_cap would correct for it, which the paper does not.
-    """
-    cfg, given = parts.cfg, [*prompts.values()]
-    names = [(cfg.seed, "sample", step, position) for position in prompts]
-    if cfg.rollout_picture == "clean":
-        return parts.sampler.generate(given, cfg.group_size, names)
-    other = [(cfg.seed, "sample noised", step, position) for position in prompts]
-    draws = [generator(cfg.seed, "noise", step, position) for position in prompts]
-    pairs = zip(given, draws)
-    blurred = [noised(p, cfg.noise_steps, draw, parts.processors[1]) for p, draw in pairs]
-    halves = parts.sampler.generate(given + blurred, cfg.group_size // 2, names + other)
-    clean, noisy = halves[: len(given)], halves[len(given) :]
-    return [together(a, b) if a and b else None for a, b in zip(clean, noisy)]
-
-
-def together(a, b):
-    """Two rollouts of one prompt as one."""
-    return Rollout(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(Rollout)))
 
 
 class Sampler:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import papo
 from credit import weigh
+from groups import Group, on_own_pictures, prompt_of, sample_groups
 from plumbing import checkpoint, report
 from plumbing.checkpoint import Progress
 from plumbing.common import Clock, fail, stop_requests
@@ -35,7 +36,6 @@ from plumbing.policy import Joint, Scores, score_only
 from plumbing.setup import check_sampler, setup
 from plumbing.watch import evaluate, show, watch
 from reward import overlong_penalty, score
-from rollout import sample_groups
 
 
 @dataclass
@@ -124,17 +124,19 @@ def roll_out(prompts, parts, step, clock):
             pairs = zip(scores[i * G : (i + 1) * G], penalties.tolist())
             whole = [s | {"overlong_penalty": penalty} for s, penalty in pairs]
             counted = [finished or not cfg.mask_cut_off for finished in r.finished]
-            groups.append(papo.Group(position, len(prompt.ids), r, whole, counted))
+            groups.append(Group(position, len(prompt.ids), r, whole, counted))
     return groups
 
 
 def micro_batches(groups, prompts, parts, step):
     """This process's share of one update's groups -> [MicroBatch]"""
     cfg, device, batches = parts.cfg, parts.processes.device, []
+    if cfg.rollout_picture != "clean" and cfg.update_on == "own":
+        groups = on_own_pictures(groups)
     lengths = [g.packed_tokens for g in groups]
     for indices in my_batches(lengths, parts.processes, cfg.tokens_per_forward):
         chosen = [groups[i] for i in indices]
-        read = [prompts.get(g.position) or parts.stream[g.position] for g in chosen]
+        read = [prompt_of(g, prompts, parts, step) for g in chosen]
         tokens = [g.rollout.tokens for g in chosen]
         pairs = [zip(g.rollout.tokens, g.counted) for g in chosen]
         scored = [[torch.full((len(t),), counted) for t, counted in pair] for pair in pairs]

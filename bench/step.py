@@ -24,7 +24,8 @@ import torch
 from shapes import SHAPES, build, prompts  # puts the project on the path
 
 import train
-from papo import Denominators, Group, group_advantages
+from groups import Group
+from papo import Denominators, group_advantages
 from plumbing.common import Clock
 from plumbing.config import default_sampler, resolve
 from plumbing.data import Stream

@@ -105,13 +105,13 @@ def bars(sets, means, names, chart):
     figure.savefig(chart, dpi=100)
 
 
-def rescore(path, out):
-    """Grade the responses of a file again (overall as released) -> lines of a table; writes them
-    to out."""
+def rescore(path, out, kind="official"):
+    """Grade the responses of a file again, by the rule `kind` -> lines of a table; writes them to
+    out."""
     sets, grader = read(path), Grader()
     for name, records in sets.items():
         for r in tqdm(records, desc="grading", unit="response"):
-            r |= {"split": name} | compute_score(r["predict"], r["label"], grader)
+            r |= {"split": name} | compute_score(r["predict"], r["label"], grader, kind)
     grader.close()
     write_atomically(Path(out), as_lines(r for records in sets.values() for r in records))
     return [*table({s: summarise(r) for s, r in sets.items()}), f"responses: {out}"]

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from credit import CREDIT
 from loss import PERCEPTION
-from masking import MASKS, annealed
+from masking import MASKS, SOURCES, annealed
 from papo import ALGORITHMS
 from plumbing.common import fail
 from plumbing.families import TOYS
@@ -188,9 +188,14 @@ class Config:
     credit_boost: float = knob(2.0, "beta of --credit pgpo: how strongly", low=0)
     rollout_picture: str = knob(
         "clean",
-        "what is rolled out on: the picture, or (noisy) by half of each group a noised picture, "
-        "whose responses are still scored on the clean one",
-        ["clean", "noisy"],
+        "what is rolled out on: the picture, or by half of each group a second one: noised, or "
+        "(positive) another of the same class",
+        lambda: ["clean", *SOURCES],
+    )
+    update_on: str = knob(
+        "anchor",
+        "on which picture responses to a second picture are trained: the prompt's, or their own",
+        ["anchor", "own"],
     )
     noise_steps: int = knob(
         500, "alpha_0 of --rollout_picture noisy, in diffusion steps of 1,000", low=0, high=999
@@ -319,6 +324,12 @@ class Config:
         return dataclasses.replace(self, **now) if now else self
 
     @property
+    def second_pictures(self):
+        """Which columns of second pictures training needs (plumbing.sources.SECOND)."""
+        contrast = ["contrast"] if self.mask == "contrast" and self.masked_branch != "off" else []
+        return contrast + (["positive"] if self.rollout_picture == "positive" else [])
+
+    @property
     def masked_branch(self):
         """When pi_mask is scored: "off", where nothing needs it; "kept", once a rollout, without a
         gradient, as released; "fresh", under the weights of each update, which credit alone never
@@ -439,10 +450,15 @@ def check(cfg, world_size, cuda):
             f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
             "can be formed"
         )
-    if cfg.rollout_picture == "noisy" and cfg.group_size % 2:
+    if cfg.rollout_picture != "clean" and cfg.group_size % 2:
         fail(
-            f"--group_size {cfg.group_size} is odd: --rollout_picture noisy samples half of each "
-            "group on the noised picture; give an even number"
+            f"--group_size {cfg.group_size} is odd: --rollout_picture {cfg.rollout_picture} "
+            "samples half of each group on a second picture; give an even number"
+        )
+    if cfg.data == "toy" and "positive" in cfg.second_pictures:
+        fail(
+            "--rollout_picture positive: the toy's pictures have no classes; give --data with a "
+            "column positive, such as what `python -m toy.kinds` writes"
         )
     without = {"noise": "noise_std", "contrast": None, "absent": None}
     strength = without.get(cfg.mask, "mask_ratio")

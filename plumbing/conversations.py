@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.data import INSTRUCTION, Prompt, chat_text, check_texts, expand, look
+from plumbing.data import Prompt, chat_text, check_texts, expand, look
 from plumbing.schemas import dialogue_of, problem_of, text_of
 from plumbing.sources import Rows
+from reward import BOXED
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Conversations(Rows):
         if self.chat:
             turns = dialogue_of(row[self.chat] or [], row.get("system"))
         else:
-            problem = problem_of(row[self.columns[0]]) + INSTRUCTION
+            problem = problem_of(row[self.columns[0]]) + BOXED.instruction
             response = text_of(row[self.columns[1]], "response")
             turns = dialogue_of([{"content": problem}, {"content": response}])
         before, (_, answer) = turns[:-1], turns[-1]

@@ -21,12 +21,6 @@ from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
 from plumbing.pictures import rgb
 
 IMAGE = "<image>"
-# The released template (examples/format_prompt/math_perception.jinja), its meaning in our words.
-INSTRUCTION = (
-    "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
-    "</think>, then give the final answer inside \\boxed{}."
-)
-
 # The chat template of a thinking model, such as Qwen3-VL-Thinking, ends with it.
 OPENED = re.compile(r"(<think>\s*)?$")
 
@@ -38,6 +32,7 @@ class Example:
     answer: str
     images: list = field(default_factory=list)
     contrast: list = field(default_factory=list)  # second pictures, one each, for --mask contrast
+    positive: list = field(default_factory=list)  # and for --rollout_picture positive
     tags: dict = field(default_factory=dict)  # whatever else the data set knows, for tables
     turns: list = field(default_factory=list)  # [(role, text)]: what sft.py learns from
 
@@ -139,6 +134,29 @@ def encode(example, tok, image_processor):
     text = prompt_text(example, tok, tokens)
     ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])
     return Prompt(example, ids, pixels, grid, OPENED.search(text)[0])
+
+
+def seconds(example, names):
+    """The second pictures of an example, of the fields with these names. Raises ValueError if there
+    is not one of each for every picture."""
+    for name in names:
+        if len(getattr(example, name)) != len(example.images):
+            raise ValueError(
+                f"example {example.id}: {len(example.images)} pictures but "
+                f"{len(getattr(example, name))} in the column {name}; it needs one for each"
+            )
+    return [picture for name in names for picture in getattr(example, name)]
+
+
+def encode_with(second, example, tok, image_processor):
+    """`encode` of an example whose second pictures must be readable too. Raises ValueError as
+    encode and seconds."""
+    for picture in seconds(example, second):
+        try:
+            rgb(picture)
+        except ValueError as error:
+            raise ValueError(f"example {example.id}: {error}") from error
+    return encode(example, tok, image_processor)
 
 
 def readable(read, items):

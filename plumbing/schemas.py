@@ -42,7 +42,8 @@ def part_text(part):
 
 
 def question_of(chat):
-    """A chat -> (problem, answer or ""). A system turn is left out: INSTRUCTION takes its place."""
+    """A chat -> (problem, answer or ""). A system turn is left out: an instruction of ours
+    (reward.py) takes its place."""
     turns = [turn for turn in turns_of(chat) if turn[0] != "system"]
     roles = [role for role, _ in turns]
     if roles not in (["user"], ["user", "assistant"]):

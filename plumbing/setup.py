@@ -8,13 +8,14 @@ update they are whole, 4 N; and the sampler holds its own whole copy (2 N in bfl
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from masking import Masker
 from plumbing.config import Config
-from plumbing.data import Stream
+from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
 from plumbing.grader import Grader
@@ -70,8 +71,9 @@ def setup(cfg):
     folder = folder or model_folder(cfg.model, cfg)
     processors = load_processors(folder, cfg)
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
-    examples = usable(examples, processors, cfg.max_prompt_tokens, cfg, processes)
-    stream = Stream(examples, cfg.seed, *processors)
+    second = cfg.second_pictures
+    examples = usable(examples, processors, cfg.max_prompt_tokens, cfg, processes, second)
+    stream = Stream(examples, cfg.seed, *processors, partial(encode_with, second))
     validation = {}
     for split in validation_splits(cfg.val_data):
         data = load(cfg.val_data, split, cfg.eval_questions, 0, cfg)

@@ -10,10 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plumbing.common import fail, first_line, write_atomically
-from plumbing.data import INSTRUCTION, Example, prompt_text
+from plumbing.data import Example, prompt_text, seconds
 from plumbing.pictures import tokens_from_header
 from plumbing.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
 from plumbing.splits import asked_for, open_rows
+from reward import BOXED, FORMS
 from toy.task import ToyData
 
 VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"
@@ -32,26 +33,35 @@ BENCHMARKS = {
     "mathverse_v": ("AI4Math_MathVerse_vision_dependent", 1308, "vision"),
 }
 COLUMNS = ("problem", "answer", "images")
+# Fields of an Example for second pictures, and the columns that may hold them; the last ones are
+# those of the files released with Fine-R1.
+SECOND = {
+    "contrast": ("contrast", "negative", "image_aug"),
+    "positive": ("positive", "image_noisy"),
+}
 AT_ONCE = 256  # rows that are checked together
 
 
 class Rows:
     """A data set on disk or from the hub, read row by row.
 
-    It has columns for the problem, the answer and the pictures, and perhaps `contrast`, second
-    pictures; or a chat in the place of the first two. plumbing/schemas.py reads each of them.
+    It has columns for the problem, the answer and the pictures, and perhaps for second pictures; or
+    a chat in the place of the first two. plumbing/schemas.py reads each of them.
     Pictures are decoded when they are asked for. plumbing/conversations.py reads the same rows for
     sft.py.
 
     name: a hub name, a parquet, JSON or JSONL file, or a folder of them; name@split overrides split
     root: where relative picture paths start; default: the file's own folder
     called: what the set is called in ids and messages
+    instruction: what every problem ends with
     """
 
     column_flags = "--problem_column, --answer_column and --images_column"
     limit = "prompt tokens are more than --max_prompt_tokens"
 
-    def __init__(self, name, split, columns=COLUMNS, root=None, called=None):
+    def __init__(
+        self, name, split, columns=COLUMNS, root=None, called=None, instruction=BOXED.instruction
+    ):
         name, given = asked_for(str(name))
         rows, path = open_rows(name, split, given), Path(name)
         self.name, self.columns, self.split = called or path.stem, columns, given or split
@@ -63,7 +73,12 @@ class Rows:
                 f"{name} has no column {', '.join(sorted(missing))}; it has "
                 f"{', '.join(rows.column_names)} ({self.column_flags} say which is which)"
             )
-        for column in {columns[2], "contrast"} & set(rows.column_names):
+        self.instruction = instruction
+        self.pictures = {"images": columns[2]}  # {field of an Example: column}
+        for name, known in SECOND.items():
+            if found := [column for column in known if column in rows.column_names]:
+                self.pictures[name] = found[0]
+        for column in self.pictures.values():
             feature = undecoded(rows.features[column])
             rows = rows if feature == rows.features[column] else rows.cast_column(column, feature)
         self.rows = rows
@@ -80,11 +95,11 @@ class Rows:
     def example(self, index, row):
         """A row of the file -> Example. Raises ValueError for one that cannot be read as one."""
         said = self.said(row)
-        pictures = [pictures_of(row.get(c)) for c in (self.columns[2], "contrast")]
-        images, contrast = ([self.locate(p) for p in x] for x in pictures)
+        columns = {name: pictures_of(row.get(c)) for name, c in self.pictures.items()}
+        pictures = {name: [self.locate(p) for p in found] for name, found in columns.items()}
         # Two rows of one id are two questions.
         name = f"{self.name}-{row['id'] if self.by_id else index}"
-        return Example(name, images=images, contrast=contrast, **said)
+        return Example(name, **pictures, **said)
 
     def said(self, row):
         """What the row says, as fields of an Example."""
@@ -93,7 +108,7 @@ class Rows:
         else:
             problem, answer = row[self.columns[0]], answer_of(row[self.columns[1]], self.dtype)
             problem = problem_of(problem)
-        return {"problem": problem + INSTRUCTION, "answer": answer}
+        return {"problem": problem + self.instruction, "answer": answer}
 
     def written(self, example, tok):
         """The text that becomes token ids, one token a picture. Raises ValueError for an example
@@ -105,8 +120,7 @@ class Rows:
 
     def texts(self):
         """(problem, answer) of every row; its pictures are not read."""
-        pictures = {self.columns[2], "contrast"} & set(self.rows.column_names)
-        rows, found = enumerate(self.rows.remove_columns(list(pictures))), []
+        rows, found = enumerate(self.rows.remove_columns([*self.pictures.values()])), []
         for index, row in rows:
             try:
                 example = self.example(index, row)
@@ -126,11 +140,12 @@ class Rows:
             found = False
         return str(self.root / path) if found else picture
 
-    def faults(self, tok, image_processor, longest, part=slice(None), progress=True):
+    def faults(self, tok, image_processor, longest, part=slice(None), progress=True, second=()):
         """{index: why a row cannot be used}, of the rows in `part`, from headers alone.
 
         No picture is decoded: sizes come from its header and from the processor's own resizing
-        arithmetic, so the number of prompt tokens is exact.
+        arithmetic, so the number of prompt tokens is exact. second: names in SECOND; every picture
+        needs one of each of these.
         """
         found, indices = {}, range(len(self.rows))[part]
         unit = f"x {AT_ONCE} rows"
@@ -145,6 +160,8 @@ class Rows:
                     example = self.example(index, row)
                     text = self.written(example, tok)
                     sizes = [tokens_from_header(p, image_processor) for p in example.images]
+                    for picture in seconds(example, second):
+                        tokens_from_header(picture, image_processor)
                     known.append((index, len(texts), sum(sizes) - len(sizes)))
                     texts.append(text)
                 except ValueError as error:
@@ -184,8 +201,11 @@ def load(name, split, size, seed, cfg=None, root=None):
         return opened(name, partial(Rows, MMK12, "test", called=name))
     if name in BENCHMARKS:
         return opened(name, partial(benchmark, name, root))
-    columns = (cfg.problem_column, cfg.answer_column, cfg.images_column) if cfg else COLUMNS
-    return opened(name, partial(Rows, name, split, columns, root))
+    if cfg is None:
+        return opened(name, partial(Rows, name, split, root=root))
+    columns, form = (cfg.problem_column, cfg.answer_column, cfg.images_column), FORMS[cfg.reward]
+    read = partial(Rows, name, split, columns, root, instruction=form.instruction)
+    return opened(name, read)
 
 
 def opened(name, read):
@@ -264,15 +284,16 @@ def validation_split(val_data):
     return "val" if val_data == "toy" else "test"
 
 
-def usable(data, processors, longest, cfg, processes):
-    """The rows of a data set that can be used, of at most `longest` tokens.
+def usable(data, processors, longest, cfg, processes, second=()):
+    """The rows of a data set that can be used, of at most `longest` tokens, with the second
+    pictures that are needed (names in SECOND).
 
     Every process checks a share of them; those that cannot be used are named in a file.
     """
     if not isinstance(data, Rows):
         return data
     share = slice(processes.rank, None, processes.world)
-    mine = data.faults(*processors, longest, share, processes.first)
+    mine = data.faults(*processors, longest, share, processes.first, second)
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults, cfg.strict)

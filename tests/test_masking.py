@@ -240,7 +240,7 @@ def test_contrast_is_the_data_sets_own_picture(cfg, processors, two_pictures):
     alone = processors[1]([other], return_tensors="pt")["pixel_values"]
     assert torch.equal(masked[: len(alone)], alone)
     lacking = encode(replace(two_pictures.example, contrast=[]), *processors)
-    with pytest.raises(ValueError, match="example two has 2 pictures but 0 in its contrast column"):
+    with pytest.raises(ValueError, match="example two: 2 pictures but 0 in the column contrast"):
         masker(cfg, processors, mask="contrast")(lacking, generator(0))
 
 

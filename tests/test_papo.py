@@ -8,10 +8,10 @@ import pytest
 import torch
 from reference import J
 
+from groups import Group
 from loss import exact_entropy, exact_kl, importance_weight, policy_logits, token_logprobs
 from papo import (
     Denominators,
-    Group,
     LogProbs,
     fill_batch,
     group_advantages,

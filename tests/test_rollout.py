@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from conftest import both_families
 
+from groups import sample_groups
 from loss import policy_logits
 from masking import noised
 from plumbing.common import generator
@@ -14,7 +15,7 @@ from plumbing.data import encode
 from plumbing.packing import pack
 from plumbing.policy import load_vlm
 from reward import well_formed
-from rollout import TransformersSampler, nucleus, sample_groups
+from rollout import TransformersSampler, nucleus
 from toy.task import ToyData
 
 
@@ -139,22 +140,6 @@ def test_a_private_copy_is_stale_until_synced(policy, processors, cfg, folder, p
     assert all(torch.equal(a, b) for a, b in zip(fresh.tokens, want.tokens))
 
 
-def test_a_think_that_the_template_opens_is_part_of_the_response(policy, processors, cfg):
-    """As with Qwen3-VL-Thinking: its prompts end with <think>, and no response begins with it."""
-    tok, image_processor = copy.deepcopy(processors[0]), processors[1]
-    example = ToyData("train", 1)[0]
-    plain = encode(example, tok, image_processor)
-    tok.chat_template = tok.chat_template.replace("assistant ", "assistant <think> ")
-    opened = encode(example, tok, image_processor)
-    assert (plain.opening, opened.opening) == ("", "<think> ")
-    assert opened.ids.tolist() == [*plain.ids.tolist(), tok.convert_tokens_to_ids("<think>")]
-    [rollout] = roll(policy, (tok, image_processor), cfg, [opened])
-    decoded = tok.batch_decode(rollout.tokens, skip_special_tokens=True)
-    assert rollout.texts == ["<think> " + text for text in decoded]
-    response = "one and two are 3 </think> \\boxed{3}"
-    assert not well_formed(response) and well_formed(opened.opening + response)
-
-
 def test_half_of_a_group_is_rolled_out_on_a_noised_picture(policy, processors, cfg, prompts):
     """The first half is what the clean picture gives, the second what the noised one gives, and its
     log-probs are those on the noised one."""
@@ -165,9 +150,9 @@ def test_half_of_a_group_is_rolled_out_on_a_noised_picture(policy, processors, c
     rollouts = sample_groups(few, parts, step=5)
     assert rollouts[1] is None and all(len(r.tokens) == 6 for r in rollouts if r)  # 3 is too long
     seen = [few[7], few[9]]
-    draws = [generator(cfg.seed, "noise", 5, position) for position in (7, 9)]
+    draws = [generator(cfg.seed, "second picture", 5, position) for position in (7, 9)]
     blurred = [noised(p, 400, draw, processors[1]) for p, draw in zip(seen, draws)]
-    for half, given, name in [(0, seen, "sample"), (1, blurred, "sample noised")]:
+    for half, given, name in [(0, seen, "sample"), (1, blurred, "sample second")]:
         alone = sampler.generate(given, 3, [(cfg.seed, name, 5, position) for position in (7, 9)])
         rows = pack(policy.vlm, given, [r.tokens for r in alone])
         with torch.no_grad():
@@ -185,6 +170,22 @@ def test_noise_that_has_faded_leaves_two_halves_of_one_kind(policy, processors, 
     sampler = TransformersSampler(policy.vlm, processors[0], policy.banned, cfg)
     parts = SimpleNamespace(cfg=cfg, sampler=sampler, processors=processors)
     (r,) = sample_groups({2: prompts[0]}, parts, step=0)
-    (again,) = sampler.generate([prompts[0]], 2, [(cfg.seed, "sample noised", 0, 2)])
+    (again,) = sampler.generate([prompts[0]], 2, [(cfg.seed, "sample second", 0, 2)])
     assert all(torch.equal(x, y) for x, y in zip(r.tokens[2:], again.tokens))
     assert not all(torch.equal(x, y) for x, y in zip(r.tokens[:2], r.tokens[2:]))  # other draws
+
+
+def test_a_think_that_the_template_opens_is_part_of_the_response(policy, processors, cfg):
+    """As with Qwen3-VL-Thinking: its prompts end with <think>, and no response begins with it."""
+    tok, image_processor = copy.deepcopy(processors[0]), processors[1]
+    example = ToyData("train", 1)[0]
+    plain = encode(example, tok, image_processor)
+    tok.chat_template = tok.chat_template.replace("assistant ", "assistant <think> ")
+    opened = encode(example, tok, image_processor)
+    assert (plain.opening, opened.opening) == ("", "<think> ")
+    assert opened.ids.tolist() == [*plain.ids.tolist(), tok.convert_tokens_to_ids("<think>")]
+    [rollout] = roll(policy, (tok, image_processor), cfg, [opened])
+    decoded = tok.batch_decode(rollout.tokens, skip_special_tokens=True)
+    assert rollout.texts == ["<think> " + text for text in decoded]
+    response = "one and two are 3 </think> \\boxed{3}"
+    assert not well_formed(response) and well_formed(opened.opening + response)

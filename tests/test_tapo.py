@@ -1,0 +1,225 @@
+"""TAPO (arXiv 2602.07605): a picture of the same class to roll out on, one of another class in the
+place of the masked picture, and one pool of rewards."""
+
+import base64
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import command
+from PIL import Image
+from test_data import png
+from test_train import one_run
+
+import papo
+import train as module
+from groups import on_own_pictures
+from plumbing.common import generator
+from plumbing.config import resolve
+from plumbing.data import Stream
+from plumbing.families import to_picture
+from plumbing.grader import Grader
+from plumbing.setup import usable
+from plumbing.sources import Rows, load
+from reward import score, tagged, well_tagged
+from toy.task import ToyData
+
+
+def triplets(n=4):
+    """Toy examples whose positive and negative are other boards, of other sizes."""
+    data, found = ToyData("train", 3 * n), []
+    for i in range(n):
+        positive, negative = data[n + i].images[0], data[2 * n + i].images[0]
+        found.append(
+            replace(
+                data[i],
+                positive=[positive.resize((90, 70))],
+                contrast=[negative.resize((56, 112))],
+            )
+        )
+    return found
+
+
+def tapo_run(tmp_path, folder, examples, picture="positive", **flags):
+    """Parts of a TAPO run on these examples, in the order of the stream."""
+    flags = {"algo": "tapo", "dynamic_sampling": False, "reward": "official", **flags}
+    parts = one_run(tmp_path, folder, rollout_picture="clean", **flags)
+    cfg = replace(parts.cfg, rollout_picture=picture)
+    return replace(parts, cfg=cfg, stream=Stream(examples, 1, *parts.processors))
+
+
+@pytest.fixture
+def tapo(tmp_path, folder):
+    return tapo_run(tmp_path, folder, triplets())
+
+
+def test_the_settings_are_the_papers():
+    three, seven = (
+        resolve({"algo": "tapo", "model": f"Qwen2.5-VL-{n}B", "data": "rows.json"}, True)[0]
+        for n in (3, 7)
+    )
+    assert (three.prompts_per_step, three.prompts_per_update) == (384, 128)
+    assert (seven.prompts_per_step, seven.prompts_per_update) == (192, 64)
+    for cfg in (three, seven):
+        assert (cfg.gamma, cfg.eta1, cfg.eta2) == (0.01, 0.03, 0.03)
+        assert (cfg.clip_low, cfg.clip_high, cfg.beta) == (0.2, 0.28, 0)
+        assert (cfg.group_size, cfg.lr, cfg.weight_decay) == (10, 1e-6, 0.01)  # 5 + 5
+        assert cfg.dynamic_sampling and cfg.max_response_tokens == 2048
+        assert (cfg.mask, cfg.update_on, cfg.reward) == ("contrast", "own", "tagged")
+    printed = resolve({"algo": "tapo", "model": "toy", "data": "x", "objective": "paper"}, False)[0]
+    assert (printed.update_on, printed.reward, printed.loss_mean) == ("anchor", "tagged", "token")
+
+
+def test_both_halves_form_one_pool_of_rewards(tapo):
+    """The first half is all wrong, the second all right: each half alone would have no advantage,
+    and together the right ones have +0.94 and the wrong ones -0.94."""
+    progress, clock = module.Progress(), module.Clock()
+    groups, _, _ = module.collect(tapo, progress, clock)
+    group = groups[0]
+    assert len(group.scores) == 4 and len(group.rollout.tokens) == 4
+    group.scores = [{"overall": float(i > 1), "overlong_penalty": 0.0} for i in range(4)]
+    group.advantages = papo.group_advantages(group.rewards)
+    # Two zeros and two ones: the mean is 1/2, the standard deviation 1/sqrt(3).
+    assert group.advantages.tolist() == pytest.approx([-(0.75**0.5)] * 2 + [0.75**0.5] * 2, 1e-5)
+    first, second = on_own_pictures([group])
+    assert (first.second, second.second) == (False, True)
+    assert second.advantages.tolist() == group.advantages[2:].tolist()
+    assert second.rollout.texts == group.rollout.texts[2:] and second.lengths == group.lengths[2:]
+
+
+@pytest.mark.parametrize("update_on", ["anchor", "own"])
+def test_on_which_picture_a_response_is_trained(update_on, tapo, monkeypatch):
+    """Each response's log-probs are the sampler's where it is trained on the picture that it was
+    sampled on, and others where it is not."""
+    parts = replace(tapo, cfg=replace(tapo.cfg, update_on=update_on))
+    anchors = [parts.stream[i].pixels for i in range(4)]
+    seen, said, real, forward = [], [], papo.objective, parts.policy.forward
+
+    def watched(rows, pixels, *rest, **more):
+        if pixels is rows.pixels:
+            seen.append(any(torch.equal(pixels, one) for one in anchors))
+        return forward(rows, pixels, *rest, **more)
+
+    monkeypatch.setattr(parts.policy, "forward", watched)
+    monkeypatch.setattr(papo, "objective", lambda *x: said.append(x[0]) or real(*x))
+    module.train_step(parts, module.Progress())
+    first = said[: len(said) // 2]  # of the first update: pi_old has the sampler's weights
+    gaps = [(s.old - s.sampled).abs().amax(-1).flatten() for s in first]  # (G,) each
+    if update_on == "own":
+        assert len(said) == 8 and sum(seen) == len(seen) // 2
+        assert torch.cat(gaps).max() < 1e-3
+    else:
+        assert len(said) == 4 and all(seen)
+        assert all(g[:2].max() < 1e-3 < g[2:].max() for g in gaps)
+
+
+def test_without_positives_and_with_the_masked_picture_it_is_papo_d(tmp_path, folder):
+    """n2 = 0, and the negative is what PAPO_D masks: the same step, to rounding."""
+    flags = dict(dynamic_sampling=False, eval_every=0)
+    papo_d = one_run(tmp_path / "d", folder, algo="papo_d", gamma=0.1, anneal_steps=0, **flags)
+    stream = Stream(triplets(), 1, *papo_d.processors)
+    papo_d, examples = replace(papo_d, stream=stream), [None] * 4
+    for position in range(4):
+        prompt = stream[position]
+        masked = papo_d.masker(prompt, generator(papo_d.cfg.seed, "mask", 0, position))
+        picture = to_picture(masked, prompt.grid[0], papo_d.processors[1]).numpy()
+        contrast = [Image.fromarray(picture)]
+        examples[stream.order[1][position]] = replace(prompt.example, contrast=contrast)
+    flags |= dict(gamma=0.1, picture="clean", top_p=papo_d.cfg.top_p)
+    parts = tapo_run(tmp_path / "t", folder, examples, group_size=4, **flags)
+    ours, theirs = (module.train_step(p, module.Progress()) for p in (parts, papo_d))
+    for name in ("loss", "policy_loss", "perception_kl", "masked_entropy", "entropy", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-7), name
+    assert ours["perception_kl"] > 0.01
+    pairs = zip(parts.policy.parameters(), papo_d.policy.parameters())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+# --------------------------------------------------------------------------------- rows and rewards
+
+
+def rows_of(path, *columns):
+    """A file of triplets, its second pictures in these columns."""
+
+    def text(picture):
+        return base64.b64encode(png(picture)).decode()
+
+    lines = []
+    for e in triplets():
+        pictures = [e.images, e.contrast, e.positive]
+        named = zip(("images", *columns), pictures)
+        row = {"problem": "<image> which ?", "answer": e.answer}
+        lines.append(row | {name: [text(p) for p in found] for name, found in named})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize("columns", [("negative", "positive"), ("image_aug", "image_noisy")])
+def test_the_columns_of_triplets(columns, tmp_path):
+    rows = Rows(str(rows_of(tmp_path / "rows.jsonl", *columns)), "train")
+    assert rows[1].contrast and rows[1].positive and rows[1].contrast != rows[1].positive
+
+
+def test_rows_without_a_positive_or_a_negative_are_left_out_and_named(
+    tmp_path, folder, processors, cfg
+):
+    file = rows_of(tmp_path / "rows.jsonl", "negative", "positive")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["positive"] = []
+    lines[2]["negative"] = lines[2]["negative"] * 2
+    lines[3]["negative"] = ["aGVsbG8="]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    rows = Rows(str(file), "train")
+    faults = rows.faults(*processors, 256, second=["contrast", "positive"])
+    assert list(faults) == [1, 2, 3] and "cannot be read" in faults[3]
+    assert faults[1] == "1 pictures but 0 in the column positive; it needs one for each"
+    assert faults[2] == "1 pictures but 2 in the column contrast; it needs one for each"
+    assert not rows.faults(*processors, 256)  # plain PAPO needs none of them
+    flags = "--algo tapo --sampler hf --steps 1".split()
+    done = command("train.py", *flags, "--model", folder, "--out", tmp_path, "--data", "toy")
+    assert done.returncode == 1 and "python -m toy.kinds" in done.stderr
+    plain = load(str(rows_of(tmp_path / "plain.jsonl")), "train", 4, 0, cfg)
+    with pytest.raises(SystemExit, match="none of the 4 rows of plain can be used"):
+        usable(plain, processors, 256, replace(cfg, out=str(tmp_path)), ALONE, ["positive"])
+
+
+class ALONE:
+    """What `usable` asks of a process group of one."""
+
+    rank, world, first = 0, 1, True
+
+    def gather(items):
+        return items
+
+
+WREN = "<think> small , brown </think> <answer> Wren </answer>"
+
+
+@pytest.mark.parametrize(
+    "response, accuracy, form",
+    [
+        (WREN, 1, 1),
+        (WREN.replace("Wren", "the wren"), 0, 1),
+        (WREN.replace("Wren", "finch"), 0, 1),
+        # The released rule finds the truth in each of these.
+        (WREN.replace("Wren", "finch, wren, lark"), 0, 1),
+        (WREN.replace("Wren", "finch wren"), 0, 1),
+        (WREN.replace("Wren", "not a wren"), 0, 1),
+        ("<answer>wren</answer>", 1, 0),
+        (WREN + " or a finch", 1, 0),
+        (WREN + " <answer> finch </answer>", 0, 0),
+        ("wren", 0, 0),
+        ("<think> a wren </think> \\boxed{wren}", 0, 0),
+        ("<answer>" * 50000, 0, 0),
+    ],
+)
+def test_a_class_has_to_be_the_whole_answer(response, accuracy, form):
+    grader = Grader(workers=1)
+    (got,) = score([response], ["wren"], grader, "tagged")
+    grader.close()
+    assert (got["accuracy"], got["format"]) == (accuracy, form)
+    assert got["overall"] == pytest.approx(0.9 * accuracy + 0.1 * form)
+    assert well_tagged(response) == form and (tagged(response) is None) == (
+        "</answer" not in response
+    )
