@@ -46,10 +46,10 @@ PLACES = re.compile(r"(?<=[\d)!])(?![\d.,)!])|(?<=pi)(?![a-z])")
 NEAR = set("mm cm dm km kg mg ml in ft yd mi lb oz hr yr".split())  # may touch their number
 # Words that make another number of the one before them.
 CHANGES = re.compile(
-    r"\b(?:pairs?|dozens?|scores?|gross|tens|hundreds?|thousands?|\w*illions?|lakhs?|crores?|half"
-    r"|halves|halfs|thirds|quarters|\w*ths|minus|plus|less|more|over|under|above|below|versus|than|not"
-    r"|negative|percents?|inverses?|reciprocals?|opposites?|factorials?|squared|cubed"
-    r"|sin|cos|tan)\b"
+    r"\b(?:pairs?|dozens?|scores?|gross|tens|hundreds?|thousands?|\w*illions?|lakhs?|crores?"
+    r"|half|halves|halfs|thirds|quarters|\w*ths|minus|plus|less|more|over|under|above|below"
+    r"|versus|than|not|negative|percents?|inverses?|reciprocals?|opposites?|factorials?"
+    r"|squared|cubed|sin|cos|tan)\b"
 )
 PLURAL = re.compile(r" ((?:[a-z]{3,} ){0,2}(?:[a-z]{2,}s|people|men|women|children|mice|teeth))")
 FUNCTIONS = re.compile("sqrt|root|sin|cos|tan|log|ln|pi")
