@@ -339,38 +339,38 @@ class Config:
         return "fresh" if self.recompute_masked else "kept"
 
 
+# What the tiny models of toy/ share.
+TINY = dict(
+    # Batch and optimiser.
+    steps=30,
+    prompts_per_step=32,
+    group_size=8,
+    prompts_per_update=16,
+    prompts_per_round=16,
+    max_rounds=100,
+    lr=2e-4,
+    weight_decay=0.0,
+    # Pictures and lengths.
+    top_p=1.0,
+    max_prompt_tokens=256,
+    max_response_tokens=48,
+    min_pixels=28 * 28,
+    max_pixels=64 * 28 * 28,
+    mask_unit="token",
+    # The machine.
+    dtype="float32",
+    tokens_per_forward=8192,
+    eval_every=10,
+    eval_questions=256,
+    save_every=15,
+)
 # What differs between models; an unknown one gets the settings of Qwen2.5-VL-3B.
 MODELS = {
-    "toy": dict(
-        # Batch and optimiser.
-        steps=30,
-        prompts_per_step=32,
-        group_size=8,
-        prompts_per_update=16,
-        prompts_per_round=16,
-        max_rounds=100,
-        lr=2e-4,
-        weight_decay=0.0,
-        # Pictures and lengths.
-        top_p=1.0,
-        max_prompt_tokens=256,
-        max_response_tokens=48,
-        min_pixels=28 * 28,
-        max_pixels=64 * 28 * 28,
-        mask_unit="token",
-        # The machine.
-        dtype="float32",
-        tokens_per_forward=8192,
-        eval_every=10,
-        eval_questions=256,
-        save_every=15,
-        # The shortcut.
-        trust=True,
-        hint_right=0.8,
-    ),
+    "toy": TINY | dict(trust=True, hint_right=0.8),  # the shortcut
     "qwen2.5-vl-3b": {},
     "qwen2.5-vl-7b": {},
     "qwen3-vl-2b": {},
+    "kinds": TINY,  # a folder of toy/kinds.py, or what was trained from it
 }
 
 

@@ -130,14 +130,15 @@ def test_the_policy_is_as_small_as_the_readme_says(policy):
 
 def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path):
     """A comment costs nobody two minutes; another lesson, model, task or number of steps does."""
-    for name in ("task.py", "model.py", "lessons.py"):
+    for name in lessons.FILES:
         source = (ROOT / "toy" / name).read_text()
         (tmp_path / name).write_text(source)
     monkeypatch.setattr(lessons, "__file__", str(tmp_path / "lessons.py"))
     config = new_policy(tokenizer()).config
 
     def key(steps=60):
-        return lessons.recipe(steps, lessons.TRUSTING, config, processor())
+        settings = (steps, lessons.TRUSTING)
+        return lessons.recipe(lessons.FILES, settings, config, processor())
 
     first = key()
     for name, old, new in [

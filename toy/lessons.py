@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ SUPERVISED_STEP = (
     *(sft.update, Optimiser, constant, Policy, in_place, policy_logits, token_logprobs),
     *(packing.pack, packing.attention_mask, packing.may_attend),
 )
+FILES = ("task.py", "model.py", "lessons.py")  # where the lessons are
 THREADS = 2  # rounding depends on their number, and a whole run then depends on the rounding
 
 
@@ -159,17 +161,34 @@ def code_of(source):
     return ast.dump(tree)
 
 
-def recipe(steps, last, config, image_processor):
-    """A name for all that the warm-started policy depends on: the task, the lessons, the model, the
-    supervised step and the libraries that compute it. Comments are not part of it."""
+def recipe(files, settings, config, image_processor):
+    """A name for all that a warm-started policy depends on: its lessons, the model, the supervised
+    step and the libraries that compute it. Comments are not part of it.
+
+    files: those of toy/ that hold the lessons; settings: what they were called with.
+    """
     import transformers
 
     here = Path(__file__).parent
-    code = [code_of((here / name).read_text()) for name in ("task.py", "model.py", "lessons.py")]
+    code = [code_of((here / name).read_text()) for name in files]
     code += [code_of(inspect.getsource(part)) for part in SUPERVISED_STEP]
     sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
-    everything = [*code, *sizes, steps, last, torch.__version__, transformers.__version__]
+    everything = [*code, *sizes, *settings, torch.__version__, transformers.__version__]
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
+
+
+def cached(name, parts, learn):
+    """The folder of this name in the cache. If it is not there: learn(), which changes the first of
+    parts, the model; then they are saved. The others are its tokenizer and image processor."""
+    cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
+    folder = cache / name
+    if folder.is_dir():
+        return folder
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(THREADS, os.cpu_count()))
+    learn()
+    torch.set_num_threads(threads)
+    return keep(parts, folder)
 
 
 def build(steps, name="toy", trust=True):
@@ -180,13 +199,6 @@ def build(steps, name="toy", trust=True):
     last = TRUSTING if trust else CARELESS
     tok, image_processor = tokenizer(), processor(name)
     vlm = new_policy(tok, name)
-    key = recipe(steps, last, vlm.config, image_processor)
-    cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
-    folder = cache / f"{name}-{key}"
-    if folder.is_dir():
-        return folder
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(THREADS, os.cpu_count()))
-    warm_start(vlm, (tok, image_processor), steps, last)
-    torch.set_num_threads(threads)
-    return keep((vlm, tok, image_processor), folder)
+    key = recipe(FILES, (steps, last), vlm.config, image_processor)
+    learn = partial(warm_start, vlm, (tok, image_processor), steps, last)
+    return cached(f"{name}-{key}", (vlm, tok, image_processor), learn)

@@ -33,17 +33,20 @@ WORDS = (
     "colour shape is at more or and objects together describe the picture <think> </think> "
     "\\boxed{ }"
 ).split()
+TASK_WORDS = [*COLOURS, *NAMES, *SHAPES, *(s + "s" for s in SHAPES)]
+NUMBERS = [str(i) for i in range(2 * GRID**2 + 1)]
 
 
-def tokenizer():
-    """A word-level tokenizer with Qwen's special tokens and a chat template."""
+def tokenizer(words=(*WORDS, *TASK_WORDS, *NUMBERS)):
+    """A word-level tokenizer with Qwen's special tokens, these words and a chat template.
+
+    The words must contain user, assistant and system, which the template writes.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     assert set(VISUAL_TOKENS) <= set(SPECIAL)
-    numbers = map(str, range(2 * GRID**2 + 1))
-    words = [*SPECIAL, "<unk>", *WORDS, *COLOURS, *NAMES, *SHAPES, *(s + "s" for s in SHAPES)]
-    vocabulary = {w: i for i, w in enumerate([*words, *numbers])}
+    vocabulary = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}
     base = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     base.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with one space
