@@ -13,10 +13,10 @@ from PIL import Image
 
 from plumbing.config import resolve
 from plumbing.conversations import Conversations, encode_conversation
-from plumbing.data import INSTRUCTION, encode
+from plumbing.data import encode
 from plumbing.grader import Grader
 from plumbing.sources import Rows
-from reward import score
+from reward import BOXED, score
 from toy import birds, kinds
 from toy.birds import COLOURS, CREST, CRESTS, FAMILIES, FORMS, KINDS, alike, draw, picture
 
@@ -136,8 +136,8 @@ def test_options_are_shuffled_and_are_those_that_are_taken_for_each_other(files)
 
 def test_a_perfect_chain_of_thought_is_graded_right():
     every = KINDS.values()
-    responses = [birds.respond(birds.think(k), k.name, INSTRUCTION) for k in every]
-    wrong = [birds.respond(birds.think(k), alike(k)[0].name, INSTRUCTION) for k in every]
+    responses = [birds.respond(birds.think(k), k.name, BOXED.instruction) for k in every]
+    wrong = [birds.respond(birds.think(k), alike(k)[0].name, BOXED.instruction) for k in every]
     truths, grader = [k.name for k in every], Grader(workers=1)
     graded = score(responses + wrong, truths * 2, grader)
     grader.close()
@@ -167,7 +167,7 @@ def test_every_word_is_known(files):
 
 def test_the_careless_teacher_is_as_careless_as_it_says():
     lark, rng, n = KINDS["lark"], random.Random(0), 4000
-    said = [kinds.answer(lark, rng, kinds.CARELESS, INSTRUCTION) for _ in range(n)]
+    said = [kinds.answer(lark, rng, kinds.CARELESS, BOXED.instruction) for _ in range(n)]
     skips, misreads = kinds.CARELESS
     assert abs(sum("crest" not in text for text in said) / n - skips) < 0.03
     right = skips / len(CRESTS) + (1 - skips) * (1 - misreads)

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from plumbing.data import IMAGE, INSTRUCTION
+from plumbing.data import IMAGE
+from reward import BOXED, TAGGED
 from toy.task import CELL, GRID
 
 SIDE, CREST = GRID * CELL, 6  # pixels: of a picture, as wide as the other toy's, and of a crest
@@ -69,12 +70,8 @@ KINDS = {
     for k, (name, crest) in enumerate(zip(names, CRESTS))
 }
 OPEN, DESCRIBE = "what bird is this ?", "describe the picture"
-# Fine-R1 asks for its answer in other tags than PAPO does; its meaning in our words.
-TAGGED = (
-    "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
-    "</think>, then give the final answer between <answer> and </answer>."
-)
-FORMS = {TAGGED: "<answer> {} </answer>", INSTRUCTION: "\\boxed{{ {} }}"}  # what answers which
+# What answers which instruction.
+FORMS = {TAGGED.instruction: "<answer> {} </answer>", BOXED.instruction: "\\boxed{{ {} }}"}
 
 
 def draw(kind, rng):
@@ -122,7 +119,7 @@ def think(kind, looks=True):
     return f"{look_of(kind)} ; {candidates} ; crest {kind.crest} is {kind.name}"
 
 
-def respond(thought, name, instruction=TAGGED):
+def respond(thought, name, instruction=TAGGED.instruction):
     """A response in the form that the instruction asks for."""
     return f"<think> {thought} </think> {FORMS[instruction].format(name)}"
 

@@ -10,9 +10,9 @@ of one of the kind most easily taken for it, where the answer must go.
     python -m toy.kinds out/kinds                                  # the base model and the files
     torchrun sft.py --model out/kinds/base --data out/kinds/sft.parquet --out out/kinds-sft \\
         --prompts_per_update 8 --lr 2e-4
-    torchrun train.py --algo dapo --model out/kinds-sft/checkpoint-20 --out out/kinds-dapo \\
+    torchrun train.py --algo tapo --model out/kinds-sft/checkpoint-20 --out out/kinds-tapo \\
         --data out/kinds/train.parquet --val_data out/kinds/val.parquet
-    python eval.py --model out/kinds-dapo/checkpoint-30 --n 4 --data \\
+    python eval.py --model out/kinds-tapo/checkpoint-30 --n 4 --data \\
         out/kinds/test_seen_open.parquet,out/kinds/test_unseen_open.parquet
 
 The base is a folder like any downloaded model, so nothing that loads a model has to know of it. One
@@ -40,12 +40,12 @@ from plumbing.optimiser import Optimiser
 from plumbing.policy import Policy
 from plumbing.processes import Processes
 from plumbing.supervised import SftConfig
+from reward import TAGGED
 from toy.birds import (
     DESCRIBE,
     FORMS,
     KINDS,
     OPEN,
-    TAGGED,
     alike,
     closed,
     draw,
@@ -162,7 +162,7 @@ def row(seed, split, kind, index, question=OPEN):
 def sft_row(seed, kind):
     """A conversation to learn from: the right chain of thought for one picture."""
     asked = row(seed, "sft", kind, 0)
-    turns = [asked["problem"] + TAGGED, respond(think(kind), kind.name)]
+    turns = [asked["problem"] + TAGGED.instruction, respond(think(kind), kind.name)]
     messages = [{"role": r, "content": t} for r, t in zip(TURNS, turns)]
     return {"messages": messages, "images": asked["images"]}
 
