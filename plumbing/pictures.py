@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -26,9 +27,10 @@ UPRIGHT = {
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
-def open_picture(picture):
+def source_of(picture):
     """Bytes, {"bytes", "path"} (as parquet files hold them), a path, base64 text, a data URI or a
-    PIL picture -> a PIL picture, not decoded yet."""
+    PIL picture -> bytes, a path or a PIL picture. Raises OSError or ValueError for anything else.
+    """
     if isinstance(picture, dict):
         picture = picture.get("bytes") or picture.get("path") or picture.get("url")
     if not picture:
@@ -39,9 +41,30 @@ def open_picture(picture):
         uri = picture.startswith("data:")
         if uri or len(picture) > 200 and BASE64.fullmatch(picture):
             picture = base64.b64decode(picture.partition(",")[2] if uri else picture)
-    if isinstance(picture, bytes):
-        picture = io.BytesIO(picture)
-    return picture if isinstance(picture, Image.Image) else Image.open(picture)
+    if not isinstance(picture, bytes | str | Image.Image):
+        raise OSError(f"it is of type {type(picture).__name__}")
+    return picture
+
+
+def open_picture(picture):
+    """Any picture that source_of takes -> a PIL picture, not decoded yet."""
+    source = source_of(picture)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    return source if isinstance(source, Image.Image) else Image.open(source)
+
+
+def original_bytes(picture):
+    """Any picture that source_of takes -> the bytes of its file, as they are; a PNG's where it has
+    none, being given as pixels. Raises OSError or ValueError where there is nothing to read."""
+    source = source_of(picture)
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str):
+        return Path(source).read_bytes()
+    file = io.BytesIO()
+    source.save(file, "PNG")
+    return file.getvalue()
 
 
 @contextmanager

@@ -11,6 +11,11 @@ DINO_LAYERS = range(6, 10)  # layers 6 to 9 (appendix G), counted from 0
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2 is trained on these
 
 
+def normalised(x):
+    """Pictures as DINOv2 is trained on them: (..., 3, H, W) from 0 to 1 -> the same shape."""
+    return (x - torch.tensor(DINO_MEAN)[:, None, None]) / torch.tensor(DINO_STD)[:, None, None]
+
+
 class Saliency:
     """How much DINOv2 looks at each patch: the attention that it receives.
 
@@ -41,8 +46,7 @@ class Saliency:
         size = [int(n) * self.dino.config.patch_size for n in grid[1:]]
         x = picture.permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
         x = torch.nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True)
-        x = (x - torch.tensor(DINO_MEAN)[:, None, None]) / torch.tensor(DINO_STD)[:, None, None]
-        patches, received = int(grid.prod()), []
+        x, patches, received = normalised(x), int(grid.prod()), []
 
         def keep(module, args, out):
             # (1, heads, tokens, tokens) with CLS and registers first, reduced layer by layer: the

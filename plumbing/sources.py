@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from plumbing.common import fail, first_line, write_atomically
 from plumbing.data import Example, prompt_text, seconds
-from plumbing.pictures import tokens_from_header
+from plumbing.pictures import original_bytes, tokens_from_header
 from plumbing.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
 from plumbing.splits import asked_for, open_rows
 from reward import BOXED, FORMS
@@ -271,11 +271,10 @@ def contents(example):
     """The pictures of an example as bytes; what cannot be opened stands for itself."""
     found = []
     for picture in example.images:
-        data = picture.get("bytes") if isinstance(picture, dict) else picture
-        path = data if isinstance(data, str) else None
-        if data is None:
-            path = picture.get("path")
-        found.append(Path(path).read_bytes() if path and Path(path).is_file() else data or path)
+        try:
+            found.append(original_bytes(picture))
+        except (OSError, ValueError):
+            found.append(picture)
     return found
 
 
