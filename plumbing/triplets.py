@@ -142,9 +142,8 @@ def write(data, found, args):
             part = kept[start : start + AT_ONCE]
             new = [triplet(data, row, found, args) for row in part]
             old = table[part]
-            columns = {c: old[c] for c in old.column_names} | {
-                c: [x[c] for x in new] for c in new[0]
-            }
+            columns = {c: old[c] for c in old.column_names}
+            columns |= {c: [x[c] for x in new] for c in new[0]}
             file.write_table(pa.table(columns, schema=schema))
     beside.rename(args.out)
 
@@ -159,14 +158,15 @@ def report(found, args):
         {"class": name, "rows": counts[name], "look_alike": other, "cosine": cosine}
         for name, [(other, cosine), *_] in sorted(near.items(), key=lambda x: -x[1][0][1])
     ]
-    told = {"data": args.data, "encoder": args.encoder, "seed": args.seed, "classes": classes}
+    told = {k: getattr(args, k) for k in ("data", "encoder", "options", "seed")}
+    told["classes"] = classes
     write_atomically(file, json.dumps(told, indent=1, ensure_ascii=False))
-    print(f"{'class':<30}{'rows':>6}  {'most easily taken for':<30}{'cosine':>6}")
+    print(f"{'class':<30}{'rows':>6}  {'most easily taken for':<30}{'cosine':>8}")
     for c in classes[:20]:
-        print(f"{c['class']:<30}{c['rows']:>6}  {c['look_alike']:<30}{c['cosine']:>6.3f}")
+        print(f"{c['class']:<30}{c['rows']:>6}  {c['look_alike']:<30}{c['cosine']:>8.4f}")
     if alone := [name for name, pool in pools.items() if len(pool) == 1]:
         n = sum(counts[name] for name in alone)
-        print(f"{n} rows have no positive, the only picture of their class: {', '.join(alone)}")
+        print(f"rows without a positive, their class having one picture: {n} ({', '.join(alone)})")
     print(f"written: {args.out}, and all {len(classes)} classes as above in {file}")
 
 
@@ -203,7 +203,7 @@ def parser():
     add("--options", type=int, help="add so many classes to choose from to the problem")
     add("--seed", type=int, default=1, help="seed of every random draw")
     for name in COLUMNS:
-        add(f"--{name}_column", default=name, help=f"what DATA calls its column of {name}")
+        add(f"--{name}_column", default=name, help=f"the column of DATA with the {name}")
     return p
 
 

@@ -1,5 +1,6 @@
 """Pictures of every mode become RGB, and a data set's rows become examples."""
 
+import base64
 import copy
 import io
 import json
@@ -271,6 +272,11 @@ def test_rows_to_validate_on_that_are_trained_on_are_named(tmp_path, capsys):
     (tmp_path / "more.jsonl").write_text("\n".join(lines[2:]))
     both = [Rows(tmp_path / f, "train") for f in ("chat.jsonl", "more.jsonl")]
     assert shared_rows(*both) == [0]
+    # A picture is its bytes, in whatever form a file holds it; what is none is only itself.
+    text = [base64.b64encode(r["images"][0]).decode() for r in (rows[2], rows[5])]
+    same = [rows[i] | {"images": [x]} for i, x in zip((2, 3, 1), [*text, "nowhere.png"])]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, same)))
+    assert shared_rows(train, Rows(tmp_path / "text.jsonl", "train")) == [0]
     warn_of_shared_rows(Selection(train, {}), Selection(held_out, {}))
     assert "2 of 4 rows of test are in train too, the first is row 1" in capsys.readouterr().out
     warn_of_shared_rows(Selection(train, {}), Selection(both[0], {}))

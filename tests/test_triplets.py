@@ -217,7 +217,7 @@ def test_a_class_of_one_picture_and_a_broken_one(tmp_path, run, capsys):
     assert len(new) == 9
     alone = [row for row in new if row["positive"] is None]
     assert [row["answer"] for row in alone] == ["navy cross"] and alone[0]["negative"]
-    assert "1 rows have no positive, the only picture of their class: navy cross" in shown
+    assert "rows without a positive, their class having one picture: 1 (navy cross)" in shown
 
 
 def test_only_pictures_of_the_split_are_used(tmp_path, run):
