@@ -96,8 +96,9 @@ def problem_of(value):
     return text_of(value, "problem")
 
 
-def answer_of(value, dtype=None):
-    """What an answer's column holds -> text, "" for none. dtype: of the column, where it has one
+def answer_of(value, dtype=None, names=None):
+    """What an answer's column holds -> text, "" for none. dtype: of the column, where it has one;
+    names: of the classes, where the column holds their numbers (a ClassLabel of `datasets`)
 
     {"ground_truth": ...} is its value, and a list of one its item. A float32 is written as short as
     it can be: 0.1, not 0.10000000149.
@@ -108,6 +109,10 @@ def answer_of(value, dtype=None):
         return answer_of(value[0])
     if isinstance(value, dict | list):
         raise ValueError(f"the answer is {kind(value)}; text or a number is needed")
+    if names and isinstance(value, int):
+        if not 0 <= value < len(names):
+            raise ValueError(f"the answer is class {value} of {len(names)}")
+        return names[value]
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"the answer is {value}")

@@ -84,7 +84,8 @@ class Rows:
         self.rows = rows
         ids = rows["id"] if "id" in rows.column_names else [None]
         self.by_id = None not in ids[:] and len(set(ids[:])) == len(rows)
-        self.dtype = getattr(rows.features.get(columns[1]), "dtype", None)
+        feature = rows.features.get(columns[1])
+        self.answers = getattr(feature, "dtype", None), getattr(feature, "names", None)
 
     def __len__(self):
         return len(self.rows)
@@ -106,7 +107,7 @@ class Rows:
         if self.chat:
             problem, answer = question_of(row[self.chat] or [])
         else:
-            problem, answer = row[self.columns[0]], answer_of(row[self.columns[1]], self.dtype)
+            problem, answer = row[self.columns[0]], answer_of(row[self.columns[1]], *self.answers)
             problem = problem_of(problem)
         return {"problem": problem + self.instruction, "answer": answer}
 

@@ -295,3 +295,19 @@ def test_rows_of_random_types_are_read_or_left_out(tmp_path, processors):
             except ValueError as error:
                 assert "\n" not in str(error)
     assert read > 50
+
+
+def test_the_number_of_a_class_is_its_name(tmp_path, processors):
+    """A file of `datasets` with a ClassLabel, the usual form of a classification set."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features(
+        problem=Value("string"), label=ClassLabel(names=["wren", "lark"]), images=ImageFeature()
+    )
+    picture = {"bytes": PICTURE, "path": None}
+    rows = [{"problem": "<image> ?", "label": k, "images": picture} for k in (1, 0, -1)]
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "rows.parquet")
+    rows, found = faults(tmp_path / "rows.parquet", processors, ("problem", "label", "images"))
+    assert [rows[i].answer for i in (0, 1)] == ["lark", "wren"]
+    assert found == {2: "the answer is class -1 of 2"}
