@@ -24,7 +24,7 @@ from plumbing.data import IMAGE
 from reward import BOXED, TAGGED
 from toy.task import CELL, GRID
 
-SIDE, CREST = GRID * CELL, 6  # pixels: of a picture, as wide as the other toy's, and of a crest
+SIDE, CREST = GRID * CELL, 7  # pixels: of a picture, as wide as the other toy's, and of a crest
 COLOURS = {
     "red": (205, 60, 50),
     "blue": (70, 110, 215),
@@ -80,7 +80,7 @@ def draw(kind, rng):
     ground = rng.choice(list(GROUNDS))
     tint = tuple(c + rng.randint(-14, 4) for c in GROUNDS[ground])
     light, size = rng.uniform(0.85, 1.1), rng.randint(24, 30)
-    x, y = (SIDE // 2 + rng.randint(-6, 6) for _ in "xy")
+    x, y = (SIDE // 2 + rng.randint(-3, 3) for _ in "xy")
     shape, colour = kind.family
     fill = tuple(min(255, round(c * light)) for c in COLOURS[colour])
     w, h = (size * share / 2 for share in SHAPES[shape])
@@ -91,7 +91,7 @@ def draw(kind, rng):
     else:
         body = pen.rectangle if shape == "square" else pen.ellipse
         body([x - w, y - h, x + w, y + h], fill=fill)
-    left, top = x - CREST // 2, round(y - h / 2 - CREST / 2)
+    left, top = round(x - w / 2 - CREST / 2), round(y - h / 2 - CREST / 2)
     pen.rectangle([left, top, left + CREST - 1, top + CREST - 1], fill=CRESTS[kind.crest])
     return picture, ground
 

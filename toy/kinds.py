@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import sft
 from plumbing.common import may_write
-from plumbing.conversations import encode_conversation
+from plumbing.conversations import by_prompt, encode_conversation, pieces
 from plumbing.data import IMAGE, Example
 from plumbing.optimiser import Optimiser
 from plumbing.policy import Policy
@@ -60,7 +60,6 @@ from toy.model import new_policy, processor, tokenizer
 
 # ---------------------------------------------------------------------------------- the base model
 
-
 TURNS = ("user", "assistant")
 
 
@@ -73,6 +72,9 @@ class Teacher(NamedTuple):
 
 CARELESS = Teacher(skips=0.4, misreads=0.3)  # what it does wrong is there to be mended
 STEPS, PICTURES = 420, 16
+# What the base depends on, and is named after in the cache.
+FILES = ("kinds.py", "birds.py", "model.py", "lessons.py")
+READERS = (sft.pack, by_prompt, pieces, encode_conversation)
 
 
 def answer(kind, rng, teacher, instruction):
@@ -134,9 +136,7 @@ def base(steps=STEPS):
     """The base model as a Hugging Face folder, made once and kept in a cache."""
     tok, image_processor = new_processors()
     vlm = new_policy(tok)
-    settings = (steps, *FORMS)
-    files = ("kinds.py", "birds.py", "model.py", "lessons.py")
-    key = recipe(files, settings, vlm.config, image_processor)
+    key = recipe(FILES, (steps, *FORMS), vlm.config, image_processor, READERS)
     learn = partial(warm_start, vlm, (tok, image_processor), steps)
     return cached(f"kinds-{key}", (vlm, tok, image_processor), learn)
 
@@ -178,7 +178,7 @@ def triplet(seed, kind, index):
     }
 
 
-def test_rows(seed, split, kinds, options):
+def questions(seed, split, kinds, options):
     """TESTED questions about these kinds in turn, with four options or none."""
     asked = ((i, kinds[i % len(kinds)]) for i in range(TESTED))
     rng = random.Random(f"{seed}/options/{split}")
@@ -191,24 +191,28 @@ def files(seed=0):
     return {
         "sft": [sft_row(seed, kind) for kind in seen],
         "train": [triplet(seed, kind, i) for i in range(SHOTS) for kind in seen],
-        "val": test_rows(seed, "val", seen, options=False),
-        "test_seen_open": test_rows(seed, "seen", seen, options=False),
-        "test_seen_closed": test_rows(seed, "seen", seen, options=True),
-        "test_unseen_open": test_rows(seed, "unseen", unseen, options=False),
-        "test_unseen_closed": test_rows(seed, "unseen", unseen, options=True),
+        "val": questions(seed, "val", seen, options=False),
+        "test_seen_open": questions(seed, "seen", seen, options=False),
+        "test_seen_closed": questions(seed, "seen", seen, options=True),
+        "test_unseen_open": questions(seed, "unseen", unseen, options=False),
+        "test_unseen_closed": questions(seed, "unseen", unseen, options=True),
     }
+
+
+def save(file, rows):
+    """Write rows as a parquet file, and say how large it is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    print(f"{file}: {len(rows)} rows, {file.stat().st_size / 1e3:.0f} kB")
 
 
 def write(out, steps=STEPS):
     """Write the files and the base model to a folder."""
-    import pyarrow
-    from pyarrow import parquet
-
     may_write(out)
     for name, rows in files().items():
-        parquet.write_table(pyarrow.Table.from_pylist(rows), out / f"{name}.parquet")
-        size = (out / f"{name}.parquet").stat().st_size
-        print(f"{out / name}.parquet: {len(rows)} rows, {size / 1e3:.0f} kB")
+        save(out / f"{name}.parquet", rows)
     shutil.copytree(base(steps), out / "base", dirs_exist_ok=True)
     print(f"{out / 'base'}: the model to start from")
 

@@ -161,17 +161,18 @@ def code_of(source):
     return ast.dump(tree)
 
 
-def recipe(files, settings, config, image_processor):
+def recipe(files, settings, config, image_processor, more=()):
     """A name for all that a warm-started policy depends on: its lessons, the model, the supervised
     step and the libraries that compute it. Comments are not part of it.
 
-    files: those of toy/ that hold the lessons; settings: what they were called with.
+    files: those of toy/ that hold the lessons; settings: what they were called with; more: what has
+    a part in it beside SUPERVISED_STEP.
     """
     import transformers
 
     here = Path(__file__).parent
     code = [code_of((here / name).read_text()) for name in files]
-    code += [code_of(inspect.getsource(part)) for part in SUPERVISED_STEP]
+    code += [code_of(inspect.getsource(part)) for part in (*SUPERVISED_STEP, *more)]
     sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
     everything = [*code, *sizes, *settings, torch.__version__, transformers.__version__]
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
