@@ -1,0 +1,181 @@
+"""The two stages of Fine-R1 on pictures that people drew: the same emoji by two vendors.
+
+    python bench/emoji.py                                       # fetches both packages with npm
+    python bench/emoji.py --google DIR --twitter DIR            # folders with emoji.json and img/
+    python bench/emoji.py --algos dapo --steps 10
+
+An emoji is a class. A subcategory of Unicode's, such as animal-bird, holds those that are taken for
+each other. Google's drawing is what is asked about, Twitter's is another picture of the class
+(`positive`), and Google's drawing of the most similar emoji of the subcategory is the `negative`.
+The tiny policy of toy/ first learns from scratch, with sft.py, to name Google's drawings, moved a
+little; then train.py goes on from there with each algorithm, on two thirds of the classes. What
+counts is Twitter's drawings of the other third: neither stage has seen them. In them a policy is
+right that looks at what makes the emoji, and not at one vendor's way to draw it.
+
+The packages are emoji-datasource-google and emoji-datasource-twitter 16.0.0, of 74 and 62 MB, whose
+own files state their licences: the data MIT (Cal Henderson), Google's pictures (Noto) Apache 2.0,
+Twitter's (Twemoji) CC BY 4.0. Nothing of them is part of this project.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from papo import ALGORITHMS  # noqa: E402
+from plumbing.common import fail  # noqa: E402
+from plumbing.config import TINY  # noqa: E402
+from plumbing.data import IMAGE, INSTRUCTION  # noqa: E402
+from plumbing.pictures import rgb  # noqa: E402
+from toy.kinds import TURNS, png, save  # noqa: E402
+from toy.model import keep, new_policy, processor, tokenizer  # noqa: E402
+
+VERSION = "16.0.0"
+GROUPS = ["animal-bird", "animal-mammal", "food-fruit", "transport-ground", "clothing"]
+QUESTION = "which emoji is this ?"
+CANDIDATES, COPIES = 4, 8  # named in a chain of thought; of each drawing to learn from, moved
+
+
+def fetched(vendor, out):
+    """The folder of a vendor's package, fetched with npm unless it is there."""
+    name = f"emoji-datasource-{vendor}"
+    archive, folder = out / f"{name}-{VERSION}.tgz", out / vendor
+    if not (folder / "package" / "emoji.json").exists():
+        if not archive.exists():
+            print(f"fetching {name} {VERSION}")
+            packed = ["npm", "pack", "--silent", f"{name}@{VERSION}"]
+            if subprocess.run(packed, cwd=out).returncode:
+                fail(f"npm cannot fetch {name}@{VERSION}; give its folder with --{vendor}")
+        with tarfile.open(archive) as tar:
+            wanted = f"package/img/{vendor}/64/"
+            members = [m for m in tar if m.name.startswith(wanted) or m.name.endswith("emoji.json")]
+            tar.extractall(folder, members, filter="data")
+    return folder / "package"
+
+
+def drawings(folders, most):
+    """-> {subcategory: {name: {vendor: RGB picture}}}, at most `most` names a subcategory.
+
+    No name is part of another: Fine-R1's reward looks for the truth anywhere in an answer.
+    """
+    found, names = {}, set()
+    for emoji in json.loads((folders["google"] / "emoji.json").read_text()):
+        group, name = emoji["subcategory"], emoji["short_name"]
+        files = {v: f / "img" / v / "64" / emoji["image"] for v, f in folders.items()}
+        clash = any(name in other or other in name for other in names)
+        full = len(found.get(group, ())) == most
+        if group not in GROUPS or full or clash or not all(f.exists() for f in files.values()):
+            continue
+        names.add(name)
+        pictures = {vendor: rgb(file.read_bytes()) for vendor, file in files.items()}
+        found.setdefault(group, {})[name] = pictures
+    if not found:
+        fail(f"no emoji of {', '.join(GROUPS)} with two drawings in {folders['google']}")
+    return found
+
+
+def similar(group):
+    """{name: the names of its subcategory, the most similar first, itself left out}, by the
+    distance between Google's drawings of 16 x 16 pixels."""
+    small = {n: np.asarray(p["google"].resize((16, 16)), float) for n, p in group.items()}
+
+    def order(name):
+        others = [other for other in group if other != name]
+        return sorted(others, key=lambda other: ((small[name] - small[other]) ** 2).sum())
+
+    return {name: order(name) for name in group}
+
+
+def moved(picture, rng):
+    """A drawing at another place, on white."""
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(picture, (rng.randint(-4, 4), rng.randint(-4, 4)))
+    return page
+
+
+def rows_of(found, seed=0):
+    """{name of a file: its rows}, in the columns of toy/kinds.py."""
+    files = {"sft": [], "train": [], "test_unseen": [], "test_seen": []}
+    rng = random.Random(seed)
+    for group, emoji in found.items():
+        near = similar(emoji)
+        for k, (name, drawn) in enumerate(emoji.items()):
+            candidates = sorted([name, *near[name][: CANDIDATES - 1]])
+            thought = f"group {group} ; candidates {' '.join(candidates)} ; it is {name}"
+            asked, said = f"{IMAGE} {QUESTION}", f"<think> {thought} </think> \\boxed{{ {name} }}"
+            messages = [
+                {"role": r, "content": t} for r, t in zip(TURNS, (asked + INSTRUCTION, said))
+            ]
+            for _ in range(COPIES):
+                images = [png(moved(drawn["google"], rng))]
+                files["sft"].append({"messages": messages, "images": images})
+            row = {"problem": asked, "answer": name}
+            twitter, seen = png(drawn["twitter"]), k % 3 != 2
+            files["test_seen" if seen else "test_unseen"].append(row | {"images": [twitter]})
+            if seen:
+                companions = {"positive": twitter, "negative": png(emoji[near[name][0]]["google"])}
+                files["train"].append(row | {"images": [png(drawn["google"])]} | companions)
+    return files
+
+
+def words(files):
+    """Every word of the rows."""
+    texts = [turn["content"] for row in files["sft"] for turn in row["messages"]]
+    return sorted({word for text in texts for word in text.replace(IMAGE, "").split()})
+
+
+def run(script, flags):
+    """A script of the project with {flag: value}. Ends where it fails."""
+    command = [sys.executable, ROOT / script, *(x for k, v in flags.items() for x in (f"--{k}", v))]
+    if subprocess.run(list(map(str, command))).returncode:
+        fail(f"{script} failed; what it said stands above")
+
+
+def main():
+    """Fetch, write the files, train, report."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--google", type=Path, help="folder of emoji-datasource-google")
+    p.add_argument("--twitter", type=Path, help="folder of emoji-datasource-twitter")
+    p.add_argument("--out", type=Path, default=ROOT / "out" / "emoji")
+    p.add_argument("--most", type=int, default=12, help="emoji of a subcategory")
+    p.add_argument("--updates", type=int, default=300, help="of supervised learning")
+    p.add_argument("--steps", type=int, default=30, help="of reinforcement learning")
+    known = [name for name in ("dapo", "tapo") if name in ALGORITHMS]
+    p.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=known)
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    folders = {v: getattr(args, v) or fetched(v, args.out) for v in ("google", "twitter")}
+    files = rows_of(drawings(folders, args.most))
+    for name, rows in files.items():
+        save(args.out / f"{name}.parquet", rows)
+
+    tok = tokenizer([*TURNS, "system", *words(files)])
+    base = keep((new_policy(tok), tok, processor()), args.out / f"untrained-{len(tok)}")
+    learned = {"model": base, "data": args.out / "sft.parquet", "out": args.out / "sft"}
+    small = {k: TINY[k] for k in ("min_pixels", "max_pixels", "dtype", "tokens_per_forward")}
+    settings = {"recipe": "toy", "steps": args.updates, "save_every": args.updates}
+    run("sft.py", learned | small | settings)
+    accuracy = {}
+    for algo in args.algos:
+        flags = {"model": args.out / f"sft/checkpoint-{args.updates}", "algo": algo}
+        flags |= {"data": args.out / "train.parquet", "out": args.out / algo}
+        flags |= {"val_data": args.out / "test_unseen.parquet", "sampler": "hf"}
+        run("train.py", flags | TINY | {"steps": args.steps, "eval_every": 0})
+        accuracy[algo] = json.loads((args.out / algo / "evaluation.json").read_text())
+    print("Twitter's drawings of the classes that reinforcement learning has not seen, avg@8:")
+    for algo, both in accuracy.items():
+        shown = (f"{when} {100 * both[when]['test']['accuracy']:.1f} %" for when in both)
+        print(f"    {algo}: {', '.join(shown)}")
+
+
+if __name__ == "__main__":
+    main()
