@@ -31,11 +31,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from papo import ALGORITHMS  # noqa: E402
 from plumbing.common import fail  # noqa: E402
-from plumbing.config import TINY  # noqa: E402
-from plumbing.data import IMAGE, INSTRUCTION  # noqa: E402
+from plumbing.config import TINY, algorithms  # noqa: E402
+from plumbing.data import IMAGE  # noqa: E402
 from plumbing.pictures import rgb  # noqa: E402
+from reward import TAGGED  # noqa: E402
+from toy.birds import respond  # noqa: E402
 from toy.kinds import TURNS, png, save  # noqa: E402
 from toy.model import keep, new_policy, processor, tokenizer  # noqa: E402
 
@@ -111,10 +112,9 @@ def rows_of(found, seed=0):
         for k, (name, drawn) in enumerate(emoji.items()):
             candidates = sorted([name, *near[name][: CANDIDATES - 1]])
             thought = f"group {group} ; candidates {' '.join(candidates)} ; it is {name}"
-            asked, said = f"{IMAGE} {QUESTION}", f"<think> {thought} </think> \\boxed{{ {name} }}"
-            messages = [
-                {"role": r, "content": t} for r, t in zip(TURNS, (asked + INSTRUCTION, said))
-            ]
+            asked = f"{IMAGE} {QUESTION}"
+            said = asked + TAGGED.instruction, respond(thought, name)
+            messages = [{"role": r, "content": t} for r, t in zip(TURNS, said)]
             for _ in range(COPIES):
                 images = [png(moved(drawn["google"], rng))]
                 files["sft"].append({"messages": messages, "images": images})
@@ -149,8 +149,7 @@ def main():
     p.add_argument("--most", type=int, default=12, help="emoji of a subcategory")
     p.add_argument("--updates", type=int, default=300, help="of supervised learning")
     p.add_argument("--steps", type=int, default=30, help="of reinforcement learning")
-    known = [name for name in ("dapo", "tapo") if name in ALGORITHMS]
-    p.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=known)
+    p.add_argument("--algos", nargs="+", choices=algorithms(), default=["dapo", "tapo"])
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     folders = {v: getattr(args, v) or fetched(v, args.out) for v in ("google", "twitter")}
@@ -168,7 +167,8 @@ def main():
     for algo in args.algos:
         flags = {"model": args.out / f"sft/checkpoint-{args.updates}", "algo": algo}
         flags |= {"data": args.out / "train.parquet", "out": args.out / algo}
-        flags |= {"val_data": args.out / "test_unseen.parquet", "sampler": "hf"}
+        flags |= {"val_data": args.out / "test_unseen.parquet", "reward": "tagged"}
+        flags |= {"sampler": "hf"}
         run("train.py", flags | TINY | {"steps": args.steps, "eval_every": 0})
         accuracy[algo] = json.loads((args.out / algo / "evaluation.json").read_text())
     print("Twitter's drawings of the classes that reinforcement learning has not seen, avg@8:")
