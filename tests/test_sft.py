@@ -217,7 +217,7 @@ BAD = {
     "the user last": ([USER, SAID, ("user", "and ?")], "the assistant come last"),
     "a late system": ([USER, ("system", "be nice"), SAID], "must take turns"),
     "a tool": ([USER, ("tool", "3"), SAID], "a turn of tool; system, user and assistant"),
-    "a role that is none": ([USER, ({"a": 1}, "3"), SAID], "system, user and assistant are known"),
+    "a role that is none": ([USER, ({"a": 1}, "3"), SAID], "a role that is none"),
     "no picture": ([("user", "how many ?"), SAID], "0 <image> placeholders but 1 pictures"),
     "two pictures": ([("user", "<image> <image> ?"), SAID], "2 <image> placeholders but 1 pict"),
     "who shows": ([("user", "?"), ("assistant", "<image>")], "<image> in a turn of the assistant"),
@@ -225,7 +225,7 @@ BAD = {
     "control of a user": ([("user", "<|image_pad|> <image>"), SAID], "the user's turn contains <|"),
     "long": ([USER, ("assistant", "red " * 300)], "tokens are more than --cutoff 200"),
     "no text": ([USER, ("assistant", 3)], "neither text nor a picture"),
-    "no content": ([USER, ("assistant",)], "neither text nor a picture"),
+    "no content": ([USER, ("assistant",)], "has no text"),
 }
 
 

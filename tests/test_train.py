@@ -108,7 +108,10 @@ def test_checkpoints_load_elsewhere(finished):
     assert model.generation_config.eos_token_id == tok.eos_token_id
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d", "vppo", "pgpo", "noisy"])
+AFTER_PAPO = [pytest.param(algo, marks=pytest.mark.slow) for algo in ("vppo", "pgpo", "noisy")]
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "papo_d", *AFTER_PAPO])
 def test_the_other_algorithms_run(algo, tmp_path):
     train(tmp_path / "run", "--algo", algo, "--steps", 2)
     last = metrics(tmp_path / "run")[-1]
@@ -320,7 +323,7 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path):
         assert abs(m["loss"] - terms) < 1e-6
 
 
-@pytest.mark.parametrize("credit", ["none", "vppo"])
+@pytest.mark.parametrize("credit", ["none", pytest.param("vppo", marks=pytest.mark.slow)])
 def test_micro_batches_are_memory_only(credit, tmp_path):
     flags = ["--steps", 1, "--credit", credit]
     train(tmp_path / "small", *flags)
