@@ -25,8 +25,8 @@ class Group:
     rollout: Rollout  # tokens, log-probs, finished or cut off
     scores: list  # G dicts: overall, format, accuracy, overlong_penalty
     counted: list  # G bools: is the response part of the loss?
-    second: bool = False  # is it scored on a second picture (rollout.on_own_pictures)?
     advantages: torch.Tensor | None = None  # (G,)
+    second: bool = False  # is it scored on a second picture (on_own_pictures)?
 
     def values(self, name):
         return torch.tensor([s[name] for s in self.scores])
