@@ -48,18 +48,17 @@ CANDIDATES, COPIES = 4, 8  # named in a chain of thought; of each drawing to lea
 
 def fetched(vendor, out):
     """The folder of a vendor's package, fetched with npm unless it is there."""
-    name = f"emoji-datasource-{vendor}"
-    archive, folder = out / f"{name}-{VERSION}.tgz", out / vendor
-    if not (folder / "package" / "emoji.json").exists():
-        if not archive.exists():
-            print(f"fetching {name} {VERSION}")
-            packed = ["npm", "pack", "--silent", f"{name}@{VERSION}"]
-            if subprocess.run(packed, cwd=out).returncode:
-                fail(f"npm cannot fetch {name}@{VERSION}; give its folder with --{vendor}")
+    name, folder = f"emoji-datasource-{vendor}", out / vendor
+    archive, making = out / f"{name}-{VERSION}.tgz", out / f"making-{vendor}"
+    if not folder.is_dir():
+        print(f"fetching {name} {VERSION}")
+        packed = ["npm", "pack", "--silent", f"{name}@{VERSION}"]
+        if not archive.exists() and subprocess.run(packed, cwd=out).returncode:
+            fail(f"npm cannot fetch {name}@{VERSION}; give its folder with --{vendor}")
         with tarfile.open(archive) as tar:
-            wanted = f"package/img/{vendor}/64/"
-            members = [m for m in tar if m.name.startswith(wanted) or m.name.endswith("emoji.json")]
-            tar.extractall(folder, members, filter="data")
+            wanted = (f"package/img/{vendor}/64/", "package/emoji.json")
+            tar.extractall(making, [m for m in tar if m.name.startswith(wanted)], filter="data")
+        making.rename(folder)
     return folder / "package"
 
 
