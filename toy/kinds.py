@@ -71,7 +71,7 @@ class Teacher(NamedTuple):
 
 
 CARELESS = Teacher(skips=0.4, misreads=0.3)  # what it does wrong is there to be mended
-STEPS, PICTURES = 420, 16
+STEPS, PICTURES = 320, 16
 # What the base depends on, and is named after in the cache.
 FILES = ("kinds.py", "birds.py", "model.py", "lessons.py")
 READERS = (sft.pack, by_prompt, pieces, encode_conversation)
@@ -110,10 +110,10 @@ def lessons(index, teacher):
 
 
 def warm_start(vlm, processors, steps):
-    """Supervised learning on all kinds, by sft.py's own step: 2/5 of the steps describe pictures,
-    then all questions are answered with care, and in the last 1/5 carelessly."""
+    """Supervised learning on all kinds, by sft.py's own step: half of the steps describe pictures,
+    then all questions are answered with care, and in the last 3/10 carelessly."""
     policy = Policy(vlm, torch.zeros(len(processors[0]), dtype=torch.bool))
-    careful, careless = steps * 2 // 5, steps * 4 // 5
+    careful, careless = steps // 2, steps * 7 // 10
     cfg, alone = SftConfig(lr=2e-3, weight_decay=0.01), Processes(alone=True)
     optimiser = Optimiser(policy, cfg, schedule(steps, careless), betas=(0.9, 0.98))
     bar = tqdm(range(steps), desc="warm start of the kinds", unit="step")
