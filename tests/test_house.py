@@ -111,3 +111,8 @@ def test_pages_name_what_exists(page):
         assert re.search(rf"\b{function}\b", source), (name, function)
     for target in re.findall(r"\]\(([\w/.-]+)\)", text):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_results_say_nothing_of_the_machine_they_come_from():
+    for file in ROOT.glob("results/*.json*"):
+        assert not re.findall(r'["\' =]/[a-z]+/[^"]*', file.read_text()), file.name
