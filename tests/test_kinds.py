@@ -11,7 +11,7 @@ import pytest
 from conftest import command
 from PIL import Image
 
-from plumbing.config import resolve
+from plumbing.config import MODELS, resolve
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import encode
 from plumbing.grader import Grader
@@ -195,7 +195,8 @@ def test_the_loaders_read_the_files(folder):
 
 def test_the_base_is_a_folder_that_sft_learns_from(folder, tmp_path):
     model, data = folder / "base", folder / "sft.parquet"
-    assert resolve({"model": str(model), "data": str(data)}, cuda=False)[0].lr == 2e-4
+    cfg, _ = resolve({"model": str(model), "data": str(data)}, cuda=False)
+    assert cfg.lr == MODELS["kinds"]["lr"] and cfg.min_pixels == 28 * 28
     flags = "--steps 1 --prompts_per_update 15 --lr 1e-3".split()
     ran = command("sft.py", "--model", model, "--data", data, "--out", tmp_path / "kinds", *flags)
     assert (tmp_path / "kinds/checkpoint-1/model.safetensors").exists(), ran.stderr

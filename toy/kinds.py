@@ -9,7 +9,7 @@ of one of the kind most easily taken for it, where the answer must go.
 
     python -m toy.kinds out/kinds                                  # the base model and the files
     torchrun sft.py --model out/kinds/base --data out/kinds/sft.parquet --out out/kinds-sft \\
-        --prompts_per_update 8 --lr 2e-4
+        --prompts_per_update 8 --lr 3e-5
     torchrun train.py --algo tapo --model out/kinds-sft/checkpoint-20 --out out/kinds-tapo \\
         --data out/kinds/train.parquet --val_data out/kinds/val.parquet
     python eval.py --model out/kinds-tapo/checkpoint-30 --n 4 --data \\
