@@ -189,6 +189,7 @@ def difficulty(accuracy, low, high):
     """Which side of DAPO's bounds a group is on. accuracy (G,), 0 or 1 each
 
     With the bounds 0.01 and 0.99, the defaults, "informative" is 0 < #correct < G of Eq. (3).
+
     -> "informative" strictly between the bounds, else "too_hard" or "too_easy"
     """
     mean = accuracy.mean().item()

@@ -9,6 +9,7 @@ neither torchvision nor a video processor.
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -115,15 +116,22 @@ def prompt_text(example, tok, tokens):
     return text
 
 
+@contextmanager
+def named(example):
+    """What is wrong with a picture is said with the name of its example."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"example {example.id}: {error}") from error
+
+
 def look(example, image_processor):
     """The pictures of an example -> (pixels, grid, tokens that each picture takes). Raises
     ValueError for a broken one."""
     if not example.images:
         return None, None, []
-    try:
+    with named(example):
         pixels, grid = encode_pictures([rgb(p) for p in example.images], image_processor)
-    except ValueError as error:
-        raise ValueError(f"example {example.id}: {error}") from error
     return pixels, grid, picture_tokens(grid, image_processor)
 
 
@@ -152,10 +160,8 @@ def encode_with(second, example, tok, image_processor):
     """`encode` of an example whose second pictures must be readable too. Raises ValueError as
     encode and seconds."""
     for picture in seconds(example, second):
-        try:
+        with named(example):
             rgb(picture)
-        except ValueError as error:
-            raise ValueError(f"example {example.id}: {error}") from error
     return encode(example, tok, image_processor)
 
 

@@ -42,6 +42,13 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def one_by_one(self, make):
+        """make() in the first process, then in the others, which find what it has made or fetched.
+        -> what it returns here. Collective."""
+        made = make() if self.first else None
+        self.barrier()
+        return made or make()
+
     def gather(self, items):
         """Join the lists of all processes, in order of rank."""
         if self.world == 1:

@@ -65,10 +65,7 @@ class Parts:
 def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
-    # Rank 0 makes or fetches the model, the others wait for it.
-    folder = model_folder(cfg.model, cfg) if processes.first else None
-    processes.barrier()
-    folder = folder or model_folder(cfg.model, cfg)
+    folder = processes.one_by_one(lambda: model_folder(cfg.model, cfg))
     processors = load_processors(folder, cfg)
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
     second = cfg.second_pictures

@@ -139,10 +139,7 @@ class Parts:
 def setup(cfg):
     """SftConfig -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
-    # Rank 0 makes or fetches the model, the others wait for it.
-    folder = model_folder(cfg) if processes.first else None
-    processes.barrier()
-    folder = folder or model_folder(cfg)
+    folder = processes.one_by_one(lambda: model_folder(cfg))
     processors = load_processors(folder, cfg)
     stream = conversations(cfg.data, "train", processors, cfg, processes)
     validation = None
