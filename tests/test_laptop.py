@@ -7,6 +7,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import fine_grained  # noqa: E402
 import paper_on_a_laptop as laptop  # noqa: E402
 import side_by_side  # noqa: E402
 
@@ -132,3 +133,23 @@ def test_methods_side_by_side(tmp_path):
     assert lines["PAPO_G"][6:8] == ["+5.0 points (+5.0 .. +5.0)", "confirmed"]
     # Two seeds that both have: 2 and 3.
     assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)" and lines["VPPO"][9] == "3 |"
+
+
+def test_two_stages_on_fine_grained_kinds(tmp_path):
+    """A line a model, with the same seeds on both sides of a comparison."""
+    results = {}
+    for level, arm in enumerate(fine_grained.ARMS):
+        for seed in fine_grained.SEEDS[: 1 if arm == "base" else 3]:
+            accuracy = 0.4 + 0.1 * level + 0.01 * seed
+            run = {"after": dict.fromkeys(fine_grained.TESTS, accuracy)}
+            if arm in fine_grained.ALGORITHMS:
+                run["val"] = [(0, 0.5), (5, accuracy)]
+            results[arm, seed] = run
+    page = fine_grained.page(results)
+    # 50 + 1, 2, 3 per cent: the mean is 52, and t(2) / sqrt(3) is 2.48.
+    assert "| CoT SFT | 52.0 ± 2.5 | 52.0 ± 2.5 | 52.0 ± 2.5 | 52.0 ± 2.5 |  |" in page
+    assert "| base | 41.0 | 41.0 |" in page and "| 50 82 |" in page
+    assert page.count("| TAPO above DAPO | ") == 4
+    assert "| TAPO above DAPO | seen, open | confirmed | +20.0 points (+20.0 .. +20.0) |" in page
+    fine_grained.figure(results, tmp_path / "val.png")
+    assert (tmp_path / "val.png").stat().st_size > 1000
