@@ -13,6 +13,7 @@ from conftest import ROOT, SMALL, command
 from PIL import Image
 
 import plumbing.engine
+from masking import SOURCES
 from plumbing.common import generator
 from plumbing.config import default_sampler
 from plumbing.data import Example, encode
@@ -88,6 +89,22 @@ def gap(policy, prompts, rollouts):
     """Largest difference between sampler and trainer, in nats."""
     pairs = zip(scores(policy, prompts, rollouts), [x for r in rollouts for x in r.logprobs])
     return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_second_pictures_reach_the_engine(engine, trainer, mixed, vllm_cfg, prompts):
+    """What --rollout_picture noisy and positive roll out on: the engine sees the same pictures as
+    the trainer, but for the rounding of noise to 8 bits, and other ones than the first."""
+    tok, image_processor = engine.tok, mixed[1]
+    first = [encode(p.example, tok, image_processor) for p in prompts[:4]]
+    others = [p.example.images[0].resize((200, 90)) for p in prompts[4:8]]
+    pairs = zip(first, others)
+    paired = [replace(p, example=replace(p.example, positive=[x])) for p, x in pairs]
+    settings = replace(vllm_cfg, noise_steps=700)
+    for name, given in (("noisy", first), ("positive", paired)):
+        second = [SOURCES[name](p, settings, image_processor, generator(name)) for p in given]
+        rollouts = engine.generate(second, 4, names(second, name))
+        assert gap(trainer, second, rollouts) < (1e-2 if name == "noisy" else 1e-4)
+        assert gap(trainer, first, rollouts) > 0.1
 
 
 def perturb(policy, amount=0.02):
