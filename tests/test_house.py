@@ -87,11 +87,11 @@ def test_help_and_readme_offer_what_the_registries_hold():
         assert re.findall(r"`(\w+)`", row.split("|")[2]) == names, flag
 
 
-def test_readme_leads_to_every_equation_in_one_hop():
+def test_a_page_leads_to_every_equation_in_one_hop():
     """The rows "in the paper / in the code" quote a line, and the file has it exactly once."""
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| in the paper") : readme.index("## Read")]
-    rows = re.findall(r"\| \[`([\w/.]+)`\]\(([\w/.]+)\), `(\w+)` \| `(.+?)` \|", table)
+    page = (ROOT / "docs" / "equations.md").read_text()
+    table = page[page.index("| in the paper") : page.index("## Every piece")]
+    rows = re.findall(r"\| \[`([\w/.]+)`\]\(../([\w/.]+)\), `(\w+)` \| `(.+?)` \|", table)
     assert len(rows) == table.count("\n|") - 1 >= 10
     for name, target, function, line in rows:
         assert name == target
@@ -101,9 +101,23 @@ def test_readme_leads_to_every_equation_in_one_hop():
         assert node.lineno <= source[: source.index(line)].count("\n") + 1 <= node.end_lineno
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/differences.md", "docs/data.md", "docs/grader.md"]
-)
+def test_the_readme_fits_a_reader():
+    """150 lines of 100 columns, but for tables; and its steps lead to the lines that it quotes."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and all(len(x) <= 100 for x in lines if x[:1] != "|")
+    links = [re.search(r"\[`(.+)`\]\((\w+\.py)#L(\d+)\)", line) for line in lines]
+    links = [link.groups() for link in links if link]
+    assert len(links) == 7
+    for quoted, name, number in links:
+        source = (ROOT / name).read_text().splitlines()
+        places = [n for n, line in enumerate(source, 1) if quoted in line]
+        assert places == [int(number)], (quoted, name)
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
     for name, function in re.findall(r"`((?:plumbing/|toy/|bench/)?\w+\.py)`, `(\w+)`", text):

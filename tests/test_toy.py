@@ -125,7 +125,7 @@ def test_the_policy_is_as_small_as_the_readme_says(policy):
     from conftest import ROOT
 
     size = sum(p.numel() for p in policy.parameters())
-    assert f"{size / 1e6:.2f} M parameters" in (ROOT / "README.md").read_text()
+    assert f"{size / 1e6:.2f} M parameters" in (ROOT / "docs" / "toy.md").read_text()
 
 
 def test_the_warm_start_is_named_after_what_it_depends_on(monkeypatch, tmp_path):
@@ -199,12 +199,12 @@ def test_the_two_last_teachers_make_two_policies(tmp_path, monkeypatch):
     assert build(0) == build(0, trust=True) != build(0, trust=False)
 
 
-def test_the_readme_describes_the_toy_as_it_is():
+def test_the_page_describes_the_toy_as_it_is():
     from conftest import ROOT
 
     from plumbing.config import MODELS
 
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "toy.md").read_text().split())
     assert f"{GRID} x {GRID} cells" in text
     assert MODELS["toy"]["hint_right"] == 4 / 5 and "hint is right four times out of five" in text
     assert lessons.TRUSTING.trusts == 1 / 4 and "repeats one hint in four without a look" in text
