@@ -62,7 +62,7 @@ def command(script, made, **flags):
 
 def answers(model, work, name):
     """{test file: accuracy} of a model, from responses that it has given or gives now."""
-    out, data = work / f"{name}.jsonl", ",".join(f"{work / 'data' / t}.parquet" for t in TESTS)
+    out, data = work / f"{name}.jsonl", ",".join(f"{work / 'kinds' / t}.parquet" for t in TESTS)
     command("eval.py --n 4 --reward tagged --sampler hf", out, out=out, model=model, data=data)
     return {test: summarise(records)["accuracy"] for test, records in read(out).items()}
 
