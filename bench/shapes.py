@@ -57,8 +57,9 @@ TOWER = dict(
 ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0}
 
 
-def build(shape, folder, device="cpu"):
-    """Write the model folder, unless it is there already -> the folder."""
+def build(shape, folder, device="cpu", layers=None):
+    """Write the model folder, unless it is there already -> the folder. layers: fewer than the
+    shape has, for the decoder."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = Path(folder)
@@ -69,6 +70,7 @@ def build(shape, folder, device="cpu"):
         vlm = new_policy(tok)
     else:
         text, vision = SHAPES[shape]
+        text = text | ({"num_hidden_layers": layers} if layers else {})
         config = Qwen2_5_VLConfig(
             text_config={
                 **text,
