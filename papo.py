@@ -48,6 +48,7 @@ ALGORITHMS = {
     | dict(rollout_picture="positive", update_on="own", group_size=10),
     "tapo/qwen2.5-vl-7b": dict(prompts_per_step=192, prompts_per_update=64),
     **dict.fromkeys(["papo_g/toy", "papo_d/toy"], dict(gamma=0.3, anneal_steps=20)),  # on `val`
+    "pgpo/toy": dict(mask="random", credit_threshold=0.1, credit_boost=1.0),  # on `val`
     # Without the reference KL nothing else holds the policy: double entropy is required (Table 8).
     "*/no_ref_kl": dict(beta=0.00),
     "papo_g/no_ref_kl": dict(gamma=0.01, eta1=0.03, eta2=0.03),
