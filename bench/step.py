@@ -99,7 +99,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--shape", choices=SHAPES, default="toy")
     p.add_argument("--sampler", choices=["vllm", "hf"], default=default_sampler(cuda)[0])
-    p.add_argument("--activation_checkpointing", action="store_true")
+    p.add_argument(
+        "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=cuda
+    )
     p.add_argument(
         "--folder", help="where the model is written, and found again; default: a temporary folder"
     )

@@ -133,6 +133,9 @@ def restore(folder, parts):
         warnings.filterwarnings("ignore", message="torch.distributed is")
         alone = parts.processes.world == 1
         dcp.load(state, checkpoint_id=folder / "trainer", no_dist=alone)
+    # How Adam is computed follows the device of this run, not that of the one that saved.
+    for saved, own in zip(state["optimiser"]["param_groups"], parts.optimiser.adamw.param_groups):
+        saved["fused"] = own["fused"]
     set_state_dict(
         parts.policy,
         parts.optimiser.adamw,

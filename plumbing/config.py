@@ -283,7 +283,9 @@ class Config:
         ["rows", "flat"],
     )
     activation_checkpointing: bool = knob(
-        False, "compute the layers again in the backward pass instead of keeping them"
+        False,
+        "compute the layers again in the backward pass instead of keeping them; default: where "
+        "there is a CUDA device",
     )
     cpu_offload: bool = knob(
         False, "weights, gradients and moments live in host memory (CUDA, FSDP2)"
@@ -414,6 +416,7 @@ def resolve(flags, cuda):
         flags["sampler"], why["sampler"] = default_sampler(cuda)
     flags.setdefault("val_data", {"toy": "toy", VIRL39K: MMK12}.get(flags["data"], ""))
     flags["packing"] = flags.get("packing") or ("flat" if cuda else "rows")
+    flags.setdefault("activation_checkpointing", cuda)
     flags["out"] = flags.get("out") or f"out/{flags['model'] if toy else preset}-{algo}"
 
     special = ["no_ref_kl"] if flags.get("no_ref_kl") else []

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from plumbing.processes import device_memory
+
 
 def constant(warmup):
     """Share of the learning rate by update: a straight line up, then 1.
@@ -31,6 +33,17 @@ def cosine(warmup, total):
     return share
 
 
+def whole_gradients(parameters, memory):
+    """Bytes of gradients that each process keeps between the passes of an update: float32, whole,
+    and not exchanged before the last pass, as long as that is at most a fifth of the device's
+    memory. Where it is more, they are exchanged at every pass, and only shards are kept: 0.
+
+    parameters: how many are trained; memory: of the device, in bytes
+    """
+    size = 4 * parameters
+    return size if size <= memory / 5 else 0
+
+
 class Optimiser:
     """One optimiser update at a time: optimiser.step(policy) -> (gradient norm, learning rate)
 
@@ -44,16 +57,24 @@ class Optimiser:
         self.schedule = schedule or constant(cfg.warmup_updates)
         trained = [p for p in policy.parameters() if p.requires_grad]
         decay = cfg.weight_decay
-        self.adamw = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=decay, betas=betas)
+        # Fused, it makes no temporary copies of the weights' size, and runs on the device only.
+        fused = trained[0].device.type == "cuda" or None
+        self.adamw = torch.optim.AdamW(
+            trained, lr=cfg.lr, weight_decay=decay, betas=betas, fused=fused
+        )
+        self.memory = device_memory(trained[0].device)
+        self.parameters = sum(p.numel() for p in trained)
 
     def sync_gradients(self, policy, now):
         """Whether the next backward pass exchanges gradients between processes.
 
         Before the last pass of an update they only add up, whole on each process: less to send,
-        more to keep. With --cpu_offload, which asks for memory, they are exchanged each time.
+        more to keep. Where they are too large for that (whole_gradients), or with --cpu_offload,
+        which asks for memory, they are exchanged each time.
         """
         if isinstance(policy, FSDPModule):
-            policy.set_requires_gradient_sync(now or self.cfg.cpu_offload)
+            add_up = not self.cfg.cpu_offload and whole_gradients(self.parameters, self.memory) > 0
+            policy.set_requires_gradient_sync(now or not add_up)
 
     def step(self, policy):
         """Clip the gradients and take the update, or refuse it; then forget the gradients."""

@@ -1,10 +1,18 @@
 """Where this process stands among the others of a run that torchrun started, or alone."""
 
+import math
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+
+
+def device_memory(device):
+    """Bytes of memory of a CUDA device; infinite for a CPU, whose memory is nobody's share."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 class Processes:

@@ -3,15 +3,13 @@ data first, since what is wrong with it shows in seconds; then models; then the 
 
 Memory, per process, with N parameters over W processes: weights, gradients and Adam's two moments
 in float32 are 16 N / W bytes, the reference 4 N / W; while gradients add up over the passes of an
-update they are whole, 4 N; and the sampler holds its own whole copy (2 N in bfloat16, shared by
---tensor_parallel processes).
+update they may be whole, 4 N (optimiser.whole_gradients); and the sampler holds its own whole copy
+(2 N in bfloat16, shared by --tensor_parallel processes).
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from masking import Masker
 from plumbing.config import Config
@@ -19,7 +17,7 @@ from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
 from plumbing.grader import Grader
-from plumbing.optimiser import Optimiser
+from plumbing.optimiser import Optimiser, whole_gradients
 from plumbing.policy import (
     DTYPES,
     Policy,
@@ -29,13 +27,15 @@ from plumbing.policy import (
     load_processors,
     load_vlm,
 )
-from plumbing.processes import Processes
+from plumbing.processes import Processes, device_memory
 from plumbing.sources import load, usable, validation_split, warn_of_shared_rows
 from rollout import Sampler
 from toy.lessons import build
 from toy.task import SPLITS
 
-ROOM = 20e9  # bytes for activations that --sleep -1 leaves beside an awake engine
+# Bytes for activations that --sleep -1 leaves beside an awake engine, with activation checkpointing
+# and without it: those of Qwen2.5-VL-3B at 16,384 tokens.
+ROOM = {True: 20e9, False: 100e9}
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ def setup(cfg):
     level = sleep_level_here(parameters, cfg, processes)
     settings = cfg if level == cfg.sleep else replace(cfg, sleep=level)
     sampler = build_sampler(settings, folder, vlm, processors, banned, processes.world)
+    # A resumed run makes the optimiser's state before the first sync wakes the engine, and there is
+    # no room for both.
+    sampler.sleep()
     optimiser = Optimiser(policy, cfg)
     return Parts(
         cfg,
@@ -144,13 +147,15 @@ def sleep_level_here(parameters, cfg, processes):
     """What the engine must give back while training; --sleep -1 is decided by this GPU's memory."""
     if cfg.sleep >= 0 or processes.device.type != "cuda":
         return cfg.sleep
-    memory = torch.cuda.get_device_properties(processes.device).total_memory
-    return sleep_level(
-        parameters, processes.world, cfg.beta > 0, memory, cfg.gpu_memory_utilization
-    )
+    memory = device_memory(processes.device)
+    return sleep_level(parameters, processes.world, memory, cfg)
 
 
-def sleep_level(parameters, world, reference, memory, utilization):
-    """0 if all that the top of this file counts, and ROOM, fit beside an awake engine, else 2."""
-    needed = ((16 + 4 * reference) / world + 4) * parameters + ROOM
-    return 0 if needed <= (1 - utilization) * memory else 2
+def sleep_level(parameters, world, memory, cfg):
+    """0 if all that the top of this file counts, and ROOM, fit beside an awake engine, else 2.
+
+    memory: of each process's device, in bytes
+    """
+    needed = (16 + 4 * (cfg.beta > 0)) / world * parameters + whole_gradients(parameters, memory)
+    needed += ROOM[cfg.activation_checkpointing]
+    return 0 if needed <= (1 - cfg.gpu_memory_utilization) * memory else 2

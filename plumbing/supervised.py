@@ -113,6 +113,7 @@ def resolve(flags, cuda):
     if not flags["data"]:
         fail("--data is needed: a file or folder of conversations, or a hub name; see --help")
     flags["packing"] = flags.get("packing") or ("flat" if cuda else "rows")
+    flags.setdefault("activation_checkpointing", cuda)
     preset = preset_of(flags["model"], flags["data"])
     flags["out"] = flags.get("out") or f"out/{flags['model'] if toy else preset}-sft"
     flags["recipe"] = flags.get("recipe") or ("toy" if flags["data"] == "toy" else "fine_r1")

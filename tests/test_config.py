@@ -1,12 +1,16 @@
 """The presets against the paper's table, and how settings are laid over each other."""
 
 import dataclasses
+import math
 
 import pytest
 
 from plumbing import config
-from plumbing.config import Config, check, resolve
+from plumbing.config import Config, check, parser, resolve
+from plumbing.optimiser import whole_gradients
 from plumbing.setup import sleep_level
+from plumbing.supervised import SftConfig
+from plumbing.supervised import resolve as resolve_sft
 
 QWEN = {
     "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -219,12 +223,36 @@ def test_the_flat_layout_is_refused_without_a_gpu():
 
 
 def test_the_engine_sleeps_when_it_must():
-    """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room: beside half of a GPU,
-    on so many bytes and processes."""
-    assert sleep_level(3.75e9, 1, True, 80e9, 0.5) == 2
-    assert sleep_level(3.75e9, 16, True, 80e9, 0.5) == 0
-    assert sleep_level(1e9, 2, False, 80e9, 0.5) == 0  # 12 + 20 GB
-    assert sleep_level(1e9, 2, True, 80e9, 0.6) == 2  # 14 + 20 GB
+    """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room for activations that
+    are computed again: beside half of a GPU, on so many bytes and processes."""
+    cfg = preset("3b", "papo_g")
+    assert sleep_level(3.75e9, 1, 80e9, cfg) == 2
+    assert sleep_level(3.75e9, 16, 80e9, cfg) == 0  # 5 + 15 + 20 GB
+    small, wide = preset("3b", "papo_d"), dict(gpu_memory_utilization=0.6)
+    assert sleep_level(1e9, 2, 80e9, small) == 0  # 8 + 4 + 20 GB
+    assert sleep_level(1e9, 2, 80e9, preset("3b", "papo_g", **wide)) == 2  # 10 + 4 + 20 GB
+    kept = preset("3b", "papo_d", activation_checkpointing=False)
+    assert sleep_level(1e9, 2, 80e9, kept) == 2
+    # At 4.1 billion, whole gradients are more than a fifth of the card, and only shards are kept.
+    assert sleep_level(4.1e9, 16, 80e9, cfg) == 0  # 5 + 20 GB
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_activations_are_kept_only_where_asked_or_without_a_gpu(cuda):
+    name = "activation_checkpointing"
+    flags = {"model": QWEN["3b"], "data": "rows.json"}
+    for program, rows in ((resolve, Config), (resolve_sft, SftConfig)):
+        given = vars(parser(rows).parse_args([f"--no-{name}"]))
+        for more, wanted in (({}, cuda), (given, False), ({name: True}, True)):
+            cfg = program({**flags, **more}, cuda)
+            assert getattr(cfg[0] if program is resolve else cfg, name) == wanted
+
+
+def test_gradients_are_kept_whole_where_they_are_small():
+    """3B, 7B and a LoRA of 40 million, on cards of 80, 80 and 24 GB."""
+    assert whole_gradients(3.75e9, 80e9) == 15e9
+    assert whole_gradients(8.3e9, 80e9) == 0 and whole_gradients(3.75e9, 24e9) == 0
+    assert whole_gradients(4e7, 24e9) == 1.6e8 and whole_gradients(8.3e9, math.inf) > 0
 
 
 def test_gamma_and_the_entropies_are_annealed_together():

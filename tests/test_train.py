@@ -18,12 +18,14 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command
 from safetensors.torch import load_file
+from torch.optim import AdamW
 
 import papo
 import train as module
 from plumbing import checkpoint
 from plumbing.config import Config, check, resolve
 from plumbing.setup import setup
+from rollout import TransformersSampler
 from toy.task import ToyData
 
 NUMBERS = (
@@ -191,6 +193,30 @@ def test_ctrl_c_saves_then_stops_and_resumes(tmp_path):
     assert (out / f"checkpoint-{step}").is_dir() and metrics(out)[-1]["step"] == step
     train(out, "--resume", "--steps", step + 1, "--save_every", 1000)
     assert [m["step"] for m in metrics(out)] == list(range(1, step + 2))
+
+
+def test_the_engine_sleeps_while_a_resumed_run_makes_the_optimisers_state(
+    finished, tmp_path, monkeypatch
+):
+    """torch makes that state by a real step, whose memory an awake engine would have. The
+    first sync, which wakes the engine, comes after it."""
+    out, events = shutil.copytree(finished[0], tmp_path / "run"), []
+    kinds = [(TransformersSampler, "sleep"), (TransformersSampler, "sync"), (AdamW, "step")]
+    for kind, name in kinds:
+
+        def recorded(self, *given, name=name, real=getattr(kind, name), **more):
+            events.append(name)
+            return real(self, *given, **more)
+
+        monkeypatch.setattr(kind, name, recorded)
+    flags = ["--save_every", 2, "--eval_every", 3, "--steps", 6, "--val_data", "", "--resume"]
+    config = json.loads((out / "config.json").read_text())
+    config["config"]["val_data"] = ""
+    (out / "config.json").write_text(json.dumps(config))
+    argv = ["train.py", "--out", out, *SMALL, "--algo", "papo_g", *flags]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    module.main()
+    assert events == ["sleep", "step", "sync"]
 
 
 def train_on(processes, out, *flags):
