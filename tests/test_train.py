@@ -201,14 +201,19 @@ def test_the_engine_sleeps_while_a_resumed_run_makes_the_optimisers_state(
     """torch makes that state by a real step, whose memory an awake engine would have. The
     first sync, which wakes the engine, comes after it."""
     out, events = shutil.copytree(finished[0], tmp_path / "run"), []
-    kinds = [(TransformersSampler, "sleep"), (TransformersSampler, "sync"), (AdamW, "step")]
-    for kind, name in kinds:
 
-        def recorded(self, *given, name=name, real=getattr(kind, name), **more):
+    def record(kind, name):
+        real = getattr(kind, name)
+
+        def recorded(*given, **more):
             events.append(name)
-            return real(self, *given, **more)
+            return real(*given, **more)
 
         monkeypatch.setattr(kind, name, recorded)
+
+    for name in ("sleep", "sync"):
+        record(TransformersSampler, name)
+    record(AdamW, "step")
     flags = ["--save_every", 2, "--eval_every", 3, "--steps", 6, "--val_data", "", "--resume"]
     config = json.loads((out / "config.json").read_text())
     config["config"]["val_data"] = ""
