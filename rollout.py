@@ -173,8 +173,9 @@ class TransformersSampler(Sampler):
 
     def _split(self, chosen, logprobs, n):
         """(rows, limit) each, -1 after a response's end -> [Rollout], n rows each"""
-        lengths = (chosen >= 0).sum(1).tolist()
-        tokens, logprobs = ([x[i, :k] for i, k in enumerate(lengths)] for x in (chosen, logprobs))
+        lengths = [*enumerate((chosen >= 0).sum(1).tolist())]
+        # Clones: a view is sent to other processes with all that it is a view of.
+        tokens, logprobs = ([x[i, :k].clone() for i, k in lengths] for x in (chosen, logprobs))
         starts = range(0, len(lengths), n)
         return [self._rollout(tokens[i : i + n], logprobs[i : i + n]) for i in starts]
 

@@ -140,7 +140,7 @@ def check_sampler(parts, say, questions=4):
     tolerance = SYNC_TOLERANCE[cfg.dtype]
     gap = check_sync(parts.sampler, policy, prompts, names, tolerance, processes.device)
     difference = f"log-probs differ by {gap:.1e} nats a token from the trainer's"
-    say(f"weights reach the sampler: with every sign turned, {difference}")
+    say(f"weights reach the sampler: with every tensor changed, {difference}")
 
 
 def sleep_level_here(parameters, cfg, processes):
