@@ -28,6 +28,7 @@ def answers(run, chosen):
     """What a run's last checkpoint answers -> (algorithm, [(Example, words, two pictures)])"""
     config = json.loads((run / "config.json").read_text())["config"]
     parts, found = setup(Config(**config | {"model": str(whole(run)[-1])})), []
+    parts.sampler.sync(parts.policy)
     for index in chosen:
         example = parts.validation["val"][index]
         prompt = encode(example, *parts.processors)

@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -69,6 +70,36 @@ def open_folder(out, cfg, say):
     return whole(out)[-1] if whole(out) else None
 
 
+def bytes_of(parameters):
+    """Of one checkpoint: float32 weights twice, for other programs and for this one, and the two
+    moments of those that are trained."""
+    return sum(p.numel() * (16 if p.requires_grad else 8) for p in parameters)
+
+
+def check_space(parameters, steps, cfg, say):
+    """Say what a run's checkpoints will take; end with a sentence if the disk cannot hold that.
+
+    parameters: the model's; steps: the run's last one. While one is saved, the oldest of those that
+    --keep counts is still there. A measurement, which has opened no folder, saves nothing.
+    """
+    out, one = Path(cfg.out), bytes_of(parameters)
+    if not out.is_dir():
+        return
+    there = [int(p.name.split("-")[1]) for p in whole(out)]
+    todo = range(max(there, default=0) + 1, steps + 1)
+    saves = sum(step % cfg.save_every == 0 or step == steps for step in todo)
+    new = min(saves, max(1, cfg.keep + 1 - len(there))) if cfg.keep else saves
+    free, at_once = shutil.disk_usage(out).free, len(there) + new
+    size = f"{one / 1e9:.3g} GB each, at most {at_once} at a time"
+    if new * one > free:
+        fail(
+            f"{out} cannot hold this run's checkpoints: {size}, {len(there)} are there, and "
+            f"{free / 1e9:.3g} GB are free; make room, or give another --out, or --keep 1, which "
+            "needs room for 2"
+        )
+    say(f"checkpoints: {size} (--keep, --save_every)")
+
+
 def _state(policy, optimiser):
     model, moments = get_state_dict(policy, optimiser.adamw)
     return {"model": model, "optimiser": moments}
@@ -90,8 +121,7 @@ def save(out, counters, parts):
         if processes.first:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
-            size = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
-            if shutil.disk_usage(out).free < 5 * size:  # weights twice, two moments, some room
+            if shutil.disk_usage(out).free < bytes_of(parts.policy.parameters()):
                 raise OSError(errno.ENOSPC, "no space left")
         processes.barrier()
         save_hf(parts.policy, making, parts.folder, processes.first)

@@ -15,11 +15,13 @@ from rollout import Sampler, TransformersSampler, refuse
 # Mean nats a token by which the log-probs of sampler and trainer may differ. A weight that does not
 # arrive costs several.
 SYNC_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-# The engine has to live in this process, where its logits and weights can be reached. On a CPU: no
-# pinning of the trainer's threads to cores, and a KV cache of 1 GiB.
+# The engine has to live in this process, where its logits and weights can be reached. It must not
+# try FlashInfer's fused sampler, which seeded requests never use and which has to be compiled. On a
+# CPU: no pinning of the trainer's threads to cores, and a KV cache of 1 GiB.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
@@ -74,7 +76,7 @@ class VLLMSampler(Sampler):
         self.llm.apply_model(score_as_the_trainer)
 
     def _settings(self, folder, cfg, world):
-        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+        longest, cuda = cfg.max_prompt_tokens + cfg.max_response_tokens, torch.cuda.is_available()
         return dict(
             model=str(folder),
             dtype=cfg.dtype,
@@ -84,10 +86,13 @@ class VLLMSampler(Sampler):
             distributed_executor_backend="external_launcher" if world > 1 else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
             enable_sleep_mode=self.level > 0,
-            enforce_eager=not torch.cuda.is_available(),  # CUDA graphs pay off on a GPU only
-            # A prompt is prefilled whole: the CPU build cannot rewind the random generator of one
-            # that was cut into chunks.
-            enable_chunked_prefill=False,
+            enforce_eager=not cuda,  # CUDA graphs pay off on a GPU only
+            # On a CPU a prompt is prefilled whole: that build cannot rewind the random generator of
+            # one that was cut into chunks. On CUDA noise is a function of seed and position.
+            enable_chunked_prefill=None if cuda else False,
+            # vLLM's own all-reduce shares memory in a way that expandable segments, which
+            # Processes sets, do not allow; NCCL takes its place.
+            disable_custom_all_reduce=True,
             max_num_batched_tokens=max(8192, longest),
             limit_mm_per_prompt={"video": 0},
             mm_processor_kwargs={

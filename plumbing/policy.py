@@ -1,5 +1,6 @@
 """The policy: load it, score packed responses with it, shard it, save it."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -279,28 +280,30 @@ def load_policy(folder, banned, cfg, processes):
     return Policy(load_vlm(folder), banned, cfg.temperature, cfg.packing == "flat")
 
 
+@torch.no_grad()
+def copy_of(policy, folder, cfg, processes):
+    """The policy as it is now, in memory of its own. Each process copies its shards: nothing is
+    read or sent."""
+    if not processes.sharded:
+        return copy.deepcopy(policy)
+    twin = empty_policy(folder, policy.banned, cfg, processes.device)
+    for mine, p in zip(twin.parameters(), policy.parameters()):
+        mine.to_local().copy_(p.to_local())
+    for name, buffer in policy.named_buffers():
+        place(twin, name, buffer.clone())
+    return twin
+
+
 def sharded_policy(folder, banned, cfg, device):
-    """A Policy sharded over all processes by FSDP2: every decoder layer and vision block, then the
-    rest. Master weights and reductions are float32, and it computes in cfg.dtype.
+    """The policy of a model folder, sharded over all processes.
 
     Only rank 0 reads the model, into host memory; the others start from a model without memory, and
     are sent their shards.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
     whole = Policy(load_vlm(folder), banned) if dist.get_rank() == 0 else None
-    with torch.device("meta"):
-        vlm = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(folder), attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
-    policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
-    precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
-    for part in [*policy.family.blocks(vlm), policy]:
-        fully_shard(part, mp_policy=precision, offload_policy=offload)
-    policy.to_empty(device="cpu" if cfg.cpu_offload else device)
-    vlm.tie_weights()
+    policy = empty_policy(folder, banned, cfg, device)
     options = StateDictOptions(
         full_state_dict=True,
         broadcast_from_rank0=True,
@@ -312,6 +315,33 @@ def sharded_policy(folder, banned, cfg, device):
     return policy
 
 
+def shape_of(folder):
+    """The model of a folder without its weights, on the device "meta", which has no memory."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32
+        ).eval()
+
+
+def empty_policy(folder, banned, cfg, device):
+    """A Policy sharded over all processes by FSDP2: every decoder layer and vision block, then the
+    rest. Master weights and reductions are float32, and it computes in cfg.dtype. It has memory for
+    weights and buffers, and no values in it.
+    """
+    vlm = shape_of(folder)
+    policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
+    precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
+    for part in [*policy.family.blocks(vlm), policy]:
+        fully_shard(part, mp_policy=precision, offload_policy=offload)
+    policy.to_empty(device="cpu" if cfg.cpu_offload else device)
+    vlm.tie_weights()
+    return policy
+
+
 def send_buffers(policy, whole, device):
     """Rank 0's buffers to everybody: what is not in the state, such as the tables of the rotary
     positions and the ban."""
@@ -319,8 +349,13 @@ def send_buffers(policy, whole, device):
     for name, buffer in policy.named_buffers():
         value = sources[name].to(device) if whole else torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
-        module, _, leaf = name.rpartition(".")
-        setattr(policy.get_submodule(module), leaf, value)
+        place(policy, name, value)
+
+
+def place(policy, name, buffer):
+    """Set a buffer by its whole name."""
+    module, _, leaf = name.rpartition(".")
+    setattr(policy.get_submodule(module), leaf, buffer)
 
 
 def full_parameters(policy):

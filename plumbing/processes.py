@@ -3,9 +3,16 @@
 import math
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+# How long a process waits for the others, where torch gives up after 10 minutes (NCCL) or 30
+# (gloo): the first one may be downloading a model, or writing it to a slow disk. One that dies is
+# not waited for, since torchrun then ends them all.
+PATIENCE = timedelta(hours=12)
 
 
 def device_memory(device):
@@ -13,6 +20,13 @@ def device_memory(device):
     if device.type != "cuda":
         return math.inf
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def grow_segments():
+    """Let the allocator of CUDA memory give partly used segments back, without which an engine that
+    wakes up may find none; before its first allocation, and unless the user has settings for it."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class Processes:
@@ -30,6 +44,7 @@ class Processes:
         # One process on a CPU needs neither shards nor mixed precision.
         self.sharded = cuda or self.world > 1
         if cuda:
+            grow_segments()
             torch.cuda.set_device(self.device)
         if self.sharded and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -39,11 +54,24 @@ class Processes:
             # gloo looks a Mac's own host name up, which often has no address; loopback always has.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
         method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
-        dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.world)
+        place = dict(init_method=method, rank=self.rank, world_size=self.world)
+        dist.init_process_group(backend, timeout=PATIENCE, **place)
 
     @property
     def first(self):
         return self.rank == 0
+
+    def use_cores(self):
+        """Take this process's share of the machine's cores. torchrun and vLLM, as it starts, leave
+        torch a single thread, and with --cpu_offload Adam runs on the host."""
+        known = hasattr(os, "sched_getaffinity")  # the cores that this process may use
+        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+    def say(self, line):
+        """Print a line, once for all processes."""
+        if self.first:
+            tqdm.write(line)
 
     def barrier(self):
         """Wait until every process is here."""

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from masking import Masker
+from plumbing.checkpoint import check_space
 from plumbing.config import Config
 from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
@@ -22,10 +23,12 @@ from plumbing.policy import (
     DTYPES,
     Policy,
     banned_tokens,
+    copy_of,
     find_model,
     load_policy,
     load_processors,
     load_vlm,
+    shape_of,
 )
 from plumbing.processes import Processes, device_memory
 from plumbing.sources import load, usable, validation_split, warn_of_shared_rows
@@ -51,7 +54,7 @@ class Parts:
     policy: Policy
     reference: Policy | None  # the policy before training, where beta needs it
     optimiser: Optimiser
-    sampler: Sampler
+    sampler: Sampler  # asleep until its first sync
     masker: Masker
     grader: Grader
 
@@ -78,12 +81,13 @@ def setup(cfg):
         if processes.first:
             warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
+    check_space(shape_of(folder).parameters(), cfg.steps, cfg, processes.say)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
     policy = load_policy(folder, banned, cfg, processes)
     reference = None
     if cfg.beta > 0:
-        reference = load_policy(folder, banned, cfg, processes).requires_grad_(False)
+        reference = copy_of(policy, folder, cfg, processes).requires_grad_(False)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm = policy.vlm
@@ -93,9 +97,10 @@ def setup(cfg):
     level = sleep_level_here(parameters, cfg, processes)
     settings = cfg if level == cfg.sleep else replace(cfg, sleep=level)
     sampler = build_sampler(settings, folder, vlm, processors, banned, processes.world)
-    # A resumed run makes the optimiser's state before the first sync wakes the engine, and there is
-    # no room for both.
+    # A resumed run makes the optimiser's state before the first sync; there is no room for both.
     sampler.sleep()
+    if cfg.cpu_offload:
+        processes.use_cores()
     optimiser = Optimiser(policy, cfg)
     return Parts(
         cfg,

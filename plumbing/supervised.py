@@ -8,13 +8,21 @@ from typing import ClassVar
 
 import torch
 
+from plumbing.checkpoint import check_space
 from plumbing.common import fail
 from plumbing.config import MODELS, Config, borrow, knob, preset_of
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import Stream
-from plumbing.families import TOYS
+from plumbing.families import TOYS, family_of
 from plumbing.optimiser import Optimiser, cosine
-from plumbing.policy import Policy, banned_tokens, find_model, load_policy, load_processors
+from plumbing.policy import (
+    Policy,
+    banned_tokens,
+    find_model,
+    load_policy,
+    load_processors,
+    shape_of,
+)
 from plumbing.processes import Processes
 from plumbing.sources import load, opened, usable, validation_split, warn_of_shared_rows
 from toy.model import keep, new_policy, processor, tokenizer
@@ -150,6 +158,14 @@ def setup(cfg):
         if processes.first:
             warn_of_shared_rows(stream.examples, validation.examples)
 
+    # The last update of an epoch is smaller where the rows do not divide.
+    per_epoch = math.ceil(len(stream.examples) / cfg.prompts_per_update)
+    steps = cfg.steps or math.ceil(cfg.epochs * per_epoch)
+    shape = shape_of(folder)
+    if cfg.freeze_vision:
+        family_of(shape.config).tower(shape).requires_grad_(False)
+    check_space(shape.parameters(), steps, cfg, processes.say)
+
     # Nothing is banned: the softmax of the likelihood runs over the whole vocabulary, so the
     # tokens that must not be sampled become less likely too.
     banned = torch.zeros_like(banned_tokens(folder, processors[0]), device=processes.device)
@@ -158,9 +174,8 @@ def setup(cfg):
         policy.family.tower(policy.vlm).requires_grad_(False)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    # The last update of an epoch is smaller where the rows do not divide.
-    per_epoch = math.ceil(len(stream.examples) / cfg.prompts_per_update)
-    steps = cfg.steps or math.ceil(cfg.epochs * per_epoch)
+    if cfg.cpu_offload:
+        processes.use_cores()
     optimiser = Optimiser(policy, cfg, cosine(cfg.warmup_updates, steps))
     return Parts(cfg, processes, folder, stream, validation, policy, optimiser, per_epoch, steps)
 

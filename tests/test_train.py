@@ -24,6 +24,7 @@ import papo
 import train as module
 from plumbing import checkpoint
 from plumbing.config import Config, check, resolve
+from plumbing.policy import shape_of
 from plumbing.setup import setup
 from rollout import TransformersSampler
 from toy.task import ToyData
@@ -437,6 +438,45 @@ def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no disk space left"):
         checkpoint.save(tmp_path, {"step": 3, "cursor": 12}, parts)
     assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
+    """100 trained and 50 frozen parameters, 16 and 8 bytes each, are 2,000 bytes a checkpoint."""
+    frozen = torch.nn.Parameter(torch.zeros(50), requires_grad=False)
+    parameters, said = [torch.nn.Parameter(torch.zeros(100)), frozen], []
+    assert checkpoint.bytes_of(parameters) == 2000
+
+    def check(free, steps=20, **flags):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        cfg = SimpleNamespace(out=str(tmp_path), **{"save_every": 5, "keep": 2, **flags})
+        checkpoint.check_space(parameters, steps, cfg, said.append)
+
+    too_much = [
+        (5999, {}),  # 2 and one more
+        (7999, dict(keep=0)),  # steps 5, 10, 15, 20
+        (3999, dict(keep=1)),
+        (1999, dict(steps=3)),  # the last step only
+    ]
+    for free, flags in too_much:
+        with pytest.raises(SystemExit, match="cannot hold this run's checkpoints.*--keep 1"):
+            check(free, **flags)
+        check(free + 1, **flags)
+    assert [line.split(" at most ")[1].split()[0] for line in said] == ["3", "4", "2", "1"]
+    for step in (5, 10):  # both are there: one more while the next is saved, or none to come
+        (tmp_path / f"checkpoint-{step}" / "trainer").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "trainer" / "state.json").touch()
+    check(2000)
+    check(0, steps=10)
+    with pytest.raises(SystemExit, match="2 are there"):
+        check(1999)
+
+
+def test_a_checkpoint_is_as_large_as_was_said(finished):
+    out, stdout = finished
+    shape = shape_of(out / "checkpoint-6")
+    size = sum(f.stat().st_size for f in (out / "checkpoint-6").rglob("*") if f.is_file())
+    assert checkpoint.bytes_of(shape.parameters()) == pytest.approx(size, rel=0.1)
+    assert re.search(r"checkpoints: 0.0\d+ GB each, at most 3 at a time", stdout)
 
 
 def test_every_knob_has_a_help_line():
