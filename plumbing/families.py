@@ -188,9 +188,17 @@ class Family:
         """The vision tower, with what joins it to the language model."""
         return vlm.model.visual
 
+    def patch_projection(self, vlm):
+        """The tower's first layer, a Conv3d from patches to vectors."""
+        return self.tower(vlm).patch_embed.proj
+
     def use_attention(self, vlm, name):
         """Let the language model attend with a registered function; the tower keeps its own."""
         vlm.model.language_model.config._attn_implementation = name
+
+    def use_tower_attention(self, vlm, name):
+        """Let the tower attend with a registered function; the language model keeps its own."""
+        self.tower(vlm).config._attn_implementation = name
 
     def tiny(self, text, vision, side):
         """-> (model class, config class, text settings, vision settings) of this family's toy.

@@ -25,6 +25,7 @@ from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from plumbing.common import fail, first_line
 from plumbing.families import IMAGE_TOKEN, VISUAL_TOKENS, family_of, load_image_processor
 from plumbing.packing import UNSEEN, attention_mask, may_attend, pack
+from plumbing.vision import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Elements of (tokens, vocabulary) in float32 that exist at a time: 256 MiB, forwards or backwards.
@@ -252,14 +253,14 @@ def load_vlm(folder, dtype=torch.float32):
     load = AutoModelForImageTextToText.from_pretrained
     try:
         vlm, found = load(folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        family_of(vlm.config)
+        family = family_of(vlm.config)
     except Exception as error:  # of many kinds, depending on what is wrong with which file
         fail(f"{folder} cannot be loaded as a vision-language model ({first_line(error)})")
     if missing := sorted(found["missing_keys"]):
         other = sorted(found["unexpected_keys"])
         hint = f"; it has {other[0]} instead" if other else ""
         fail(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}{hint}")
-    return vlm.eval()
+    return prepare(vlm.eval(), family)
 
 
 def banned_tokens(folder, tok):
@@ -333,6 +334,7 @@ def empty_policy(folder, banned, cfg, device):
     """
     vlm = shape_of(folder)
     policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
+    prepare(vlm, policy.family)
     precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
     for part in [*policy.family.blocks(vlm), policy]:
