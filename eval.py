@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from plumbing.common import fail, may_write
 from plumbing.compare import compare, rescore
 from plumbing.config import check, resolve
+from plumbing.console import Bar, doing
 from plumbing.data import encode_all
 from plumbing.engine import build_sampler
 from plumbing.grader import Grader
@@ -43,7 +43,6 @@ class Plan:
     blind: bool = False  # every picture is black
     # How many chunks to ask for, the last ones empty: it keeps processes of one engine in step.
     chunks: int | None = None
-    progress: bool = True
 
 
 def ask(examples, plan, sampler, processors, grade):
@@ -53,8 +52,7 @@ def ask(examples, plan, sampler, processors, grade):
     grade(texts, truths) -> a list of dicts
     """
     chunks = plan.chunks or math.ceil(len(examples) / CHUNK)
-    bar = dict(total=len(examples) * plan.n, desc=f"eval {plan.name[-1]}", unit="response")
-    with tqdm(**bar, disable=not plan.progress, leave=False) as bar:
+    with Bar(f"evaluating {plan.name[-1]}", len(examples) * plan.n, "responses") as bar:
         for start in range(0, chunks * CHUNK, CHUNK):
             batch = examples[start : start + CHUNK]
             prompts = encode_all(batch, *processors, plan.blind)
@@ -96,7 +94,7 @@ def evaluate_splits(parts, splits, n, name):
         questions = min(len(data), cfg.eval_questions)
         mine = [data[i] for i in range(processes.rank, questions, processes.world)]
         chunks = math.ceil(questions / processes.world / CHUNK)
-        plan = Plan(n, (cfg.seed, name, split), chunks=chunks, progress=processes.first)
+        plan = Plan(n, (cfg.seed, name, split), chunks=chunks)
         answers = ask(mine, plan, parts.sampler, parts.processors, grade)
         records = processes.gather([r for records in answers for r in records])
         if not records:
@@ -176,7 +174,8 @@ def evaluate(args):
     if any(sets.values()):
         vlm, banned = None, banned_tokens(folder, processors[0])
         if cfg.sampler == "hf":
-            vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu")
+            with doing(f"loading {folder}", aloud=True):
+                vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu")
         sampler = build_sampler(cfg, folder, vlm, processors, banned)
     with open(out, "a") as file:
         for key, examples in sets.items():

@@ -16,10 +16,10 @@ does not depend on the number of processes, nor, but for rounding, on which prom
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from loss import policy_logits
 from plumbing.common import generator
+from plumbing.console import Bar, say
 from plumbing.families import family_of
 from plumbing.policy import full_parameters
 
@@ -81,7 +81,7 @@ class Sampler:
 
 def refuse(prompt, why):
     """Say on the console which prompt is left out, and why."""
-    tqdm.write(f"warning: example {prompt.example.id} is left out: {why}")
+    say(f"warning: example {prompt.example.id} is left out: {why}", here=True)
 
 
 class TransformersSampler(Sampler):
@@ -107,8 +107,9 @@ class TransformersSampler(Sampler):
     @torch.no_grad()
     def _generate(self, prompts, n, names, limit):
         size, rollouts = max(1, self.rows // n), []
-        for i in range(0, len(prompts), size):
-            rollouts += self._batch(prompts[i : i + size], n, names[i : i + size], limit)
+        with Bar("sampling", len(prompts) * n, "responses") as bar:
+            for i in range(0, len(prompts), size):
+                rollouts += self._batch(prompts[i : i + size], n, names[i : i + size], limit, bar)
         return rollouts
 
     def _prefill(self, prompts):
@@ -136,7 +137,7 @@ class TransformersSampler(Sampler):
         first = positions.amax((0, 2)).to(device) + 1
         return out.past_key_values, out.logits[:, -1], first, attend.to(device)
 
-    def _batch(self, prompts, n, names, limit):
+    def _batch(self, prompts, n, names, limit, bar):
         rows, device = len(prompts) * n, self.vlm.device
         draws = [torch.rand(n, limit, generator=generator(*x), dtype=torch.float64) for x in names]
         uniform = torch.cat(draws).to(device)  # (rows, limit)
@@ -158,6 +159,7 @@ class TransformersSampler(Sampler):
                 break
             if not unfinished.all():  # finished responses leave the batch
                 kept = unfinished.nonzero()[:, 0]
+                bar.update(len(alive) - len(kept))
                 cache.batch_select_indices(kept)
                 alive, token = alive[kept], token[kept]
                 position, attend = position[kept], attend[kept]
@@ -169,6 +171,7 @@ class TransformersSampler(Sampler):
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
+        bar.update(len(alive))
         return self._split(chosen.cpu(), logprobs.cpu(), n)
 
     def _split(self, chosen, logprobs, n):

@@ -37,12 +37,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from plumbing import checkpoint, report
 from plumbing.checkpoint import Progress
 from plumbing.common import Clock, stop_requests, write_atomically
 from plumbing.config import check_knobs, parser
+from plumbing.console import say, track
 from plumbing.conversations import by_prompt
 from plumbing.packing import my_batches
 from plumbing.policy import score_only
@@ -57,7 +57,7 @@ def update(batches, N, policy, optimiser, processes):
     """
     total = 0.0
     policy.train()  # for activation checkpointing; there is no dropout
-    for i, rows in enumerate(batches):
+    for i, rows in enumerate(track(batches, "", "passes")):
         optimiser.sync_gradients(policy, now=i == len(batches) - 1)
         rows = rows.to(processes.device)
         # L = - 1/N sum_t log pi(o_t | q, I, o_<t), of which this is the sum over one pass's tokens.
@@ -126,7 +126,7 @@ def validate(parts):
     cfg, policy, processes = parts.cfg, parts.policy, parts.processes
     n, size = min(len(parts.validation.examples), cfg.eval_questions), cfg.prompts_per_update
     total, N = torch.zeros((), device=processes.device), 0
-    for start in range(0, n, size):
+    for start in track(range(0, n, size), "validation", f"x {size} conversations"):
         positions = range(start, min(start + size, n))
         batches, tokens, _ = passes(positions, parts.validation, parts)
         N += tokens
@@ -149,12 +149,12 @@ def watch(parts, metrics, say):
         report.log(Path(cfg.out), metrics)
 
 
-def train(parts, progress, say):
+def train(parts, progress):
     """Steps until the last one, or until the run is asked to stop -> whether it came to the end."""
     cfg, processes = parts.cfg, parts.processes
-    bar = dict(initial=progress.step, total=parts.steps, desc="sft", unit="step")
+    steps = range(progress.step, parts.steps)
     with stop_requests() as asked:
-        for _ in tqdm(range(progress.step, parts.steps), **bar, disable=not processes.first):
+        for _ in track(steps, "sft", "steps", done=progress.step):
             watch(parts, train_step(parts, progress), say)
             stop, last = any(processes.gather([bool(asked)])), progress.step == parts.steps
             if last or stop or progress.step % cfg.save_every == 0:
@@ -170,7 +170,6 @@ def main():
     cfg = resolve(vars(parser(SftConfig, "Supervised fine-tuning.").parse_args()), cuda)
     check_knobs(cfg, cuda)
     first, out = os.environ.get("RANK", "0") == "0", Path(cfg.out)
-    say = tqdm.write if first else (lambda *_: None)
     say(f"model {cfg.model}, data {cfg.data}, recipe {cfg.recipe}, output {out}")
     newest = checkpoint.open_folder(out, cfg, say)
     parts = setup(cfg)  # every process has looked at the folder when this returns
@@ -184,7 +183,7 @@ def main():
         say(f"validation loss before training: {before:.4f}")
         if first:
             write_atomically(file, json.dumps({"before": before}))
-    ended = train(parts, progress, say)
+    ended = train(parts, progress)
     parts.processes.leave()
     if not ended:
         say(f"stopped after step {progress.step}; continue with the same flags and --resume")

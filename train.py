@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import papo
 from credit import weigh
@@ -31,6 +30,7 @@ from plumbing import checkpoint, report
 from plumbing.checkpoint import Progress
 from plumbing.common import Clock, fail, stop_requests
 from plumbing.config import check, parser, resolve
+from plumbing.console import say, track
 from plumbing.packing import Packed, my_batches, padded
 from plumbing.policy import Joint, Scores, score_only
 from plumbing.setup import check_sampler, setup
@@ -134,7 +134,8 @@ def micro_batches(groups, prompts, parts, step):
     if cfg.rollout_picture != "clean" and cfg.update_on == "own":
         groups = on_own_pictures(groups)
     lengths = [g.packed_tokens for g in groups]
-    for indices in my_batches(lengths, parts.processes, cfg.tokens_per_forward):
+    shares = my_batches(lengths, parts.processes, cfg.tokens_per_forward)
+    for indices in track(shares, "", "passes"):
         chosen = [groups[i] for i in indices]
         read = [prompt_of(g, prompts, parts, step) for g in chosen]
         tokens = [g.rollout.tokens for g in chosen]
@@ -157,7 +158,7 @@ def score_before(updates, parts, clock):
     policy, cfg = parts.policy, parts.cfg
     credit = cfg.credit != "none"
     for u, batches in enumerate(updates):
-        for batch in batches:
+        for batch in track(batches, "scoring", "passes"):
             rows = batch.rows.to(parts.processes.device)
             # At the first update pi_old is pi_theta itself: log_probs detaches it.
             if u > 0 or credit:
@@ -200,7 +201,7 @@ def update(batches, N, parts):
     processes, gradient norm, learning rate)"""
     policy, cfg, totals = parts.policy, parts.cfg, {}
     policy.train()  # for activation checkpointing; there is no dropout
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(track(batches, "", "passes")):
         parts.optimiser.sync_gradients(policy, now=i == len(batches) - 1)
         rows = batch.rows.to(parts.processes.device)
         said = log_probs(batch, rows, policy, cfg)
@@ -211,13 +212,12 @@ def update(batches, N, parts):
     return parts.processes.add_up(totals), *parts.optimiser.step(policy)
 
 
-def train(parts, progress, say):
+def train(parts, progress):
     """Steps until the last one, or until the run is asked to stop -> whether it came to the end."""
     cfg, out, processes = parts.cfg, Path(parts.cfg.out), parts.processes
     steps = range(progress.step, cfg.steps)
-    bar = dict(initial=progress.step, total=cfg.steps, desc=cfg.algo, unit="step")
     with stop_requests() as asked:
-        for _ in tqdm(steps, **bar, disable=not processes.first):
+        for _ in track(steps, cfg.algo, "steps", done=progress.step):
             metrics = train_step(parts, progress)
             stop, last = any(processes.gather([bool(asked)])), progress.step == cfg.steps
             watch(parts, metrics, say)
@@ -234,7 +234,6 @@ def main():
     cfg, why = resolve(vars(parser().parse_args()), cuda)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)), cuda)
     first, out = os.environ.get("RANK", "0") == "0", Path(cfg.out)
-    say = tqdm.write if first else (lambda *_: None)
     say(report.opening(cfg, why))
     newest = checkpoint.open_folder(out, cfg, say)
     parts = setup(cfg)  # every process has looked at the folder when this returns
@@ -245,7 +244,7 @@ def main():
     check_sampler(parts, say)
     parts.sampler.sync(parts.policy)
     evaluate(parts, "before", say)
-    ended = train(parts, progress, say)
+    ended = train(parts, progress)
     summaries = evaluate(parts, "after", say) if ended else {}
     parts.close()
     if not ended:

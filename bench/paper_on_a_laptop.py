@@ -30,13 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plumbing.common import pyplot, write_atomically  # noqa: E402
 from plumbing.config import MODELS, Config, resolve  # noqa: E402
+from plumbing.console import Bar  # noqa: E402
 from plumbing.report import left_at, read_metrics  # noqa: E402
 from plumbing.setup import model_folder  # noqa: E402
 
@@ -109,7 +108,7 @@ class Runs:
             cfg = resolve({"model": "toy", "trust": trust}, cuda=False)[0]
             model_folder(cfg.model, cfg)  # once, before two runs want it
         print(f"{len(jobs)} runs, in {self.folder}", flush=True)
-        with tqdm(total=len(jobs), unit="run", mininterval=0) as bar, ThreadPoolExecutor(2) as two:
+        with Bar("training", len(jobs), "runs") as bar, ThreadPoolExecutor(2) as two:
             for job, _ in zip(jobs, two.map(self.run, jobs)):
                 self.done[job] = self.read(*job)
                 self.save(file)

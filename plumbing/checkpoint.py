@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from plumbing.common import fail, may_write
 from plumbing.config import same_run
+from plumbing.console import doing
 from plumbing.policy import save_hf
 
 
@@ -105,6 +106,7 @@ def _state(policy, optimiser):
     return {"model": model, "optimiser": moments}
 
 
+@doing("saving a checkpoint")
 def save(out, counters, parts):
     """Write checkpoint-<step> and remove the oldest beyond cfg.keep. Collective.
 
@@ -162,7 +164,8 @@ def restore(folder, parts):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         alone = parts.processes.world == 1
-        dcp.load(state, checkpoint_id=folder / "trainer", no_dist=alone)
+        with doing(f"loading {folder}", aloud=True):
+            dcp.load(state, checkpoint_id=folder / "trainer", no_dist=alone)
     # How Adam is computed follows the device of this run, not that of the one that saved.
     for saved, own in zip(state["optimiser"]["param_groups"], parts.optimiser.adamw.param_groups):
         saved["fused"] = own["fused"]

@@ -10,6 +10,8 @@ import time
 
 import torch
 
+from plumbing import console
+
 
 def fail(message, here=False):
     """End the program with one clear sentence and a non-zero exit status.
@@ -17,6 +19,7 @@ def fail(message, here=False):
     Every process of a run is expected to fail together, so only the first one speaks; with `here`,
     the error belongs to this process alone and is said by it.
     """
+    console.clear()
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         sys.exit(f"error: {message}")
@@ -74,7 +77,8 @@ def pyplot():
 
 
 class Clock:
-    """Seconds by phase: `with clock("update"): ...` adds to clock.seconds["update"]."""
+    """Seconds by phase: `with clock("update"): ...` adds to clock.seconds["update"], and the
+    console tells that it is under way."""
 
     def __init__(self):
         self.began, self.seconds = time.perf_counter(), {}
@@ -82,7 +86,8 @@ class Clock:
     @contextlib.contextmanager
     def __call__(self, phase):
         start = time.perf_counter()
-        yield
+        with console.doing(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def so_far(self):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from plumbing.common import fail, pyplot, write_atomically
+from plumbing.console import track
 from plumbing.grader import Grader
 from plumbing.responses import as_lines, by_question, read
 from plumbing.summary import macro, summarise, table
@@ -110,7 +110,7 @@ def rescore(path, out, kind="official"):
     out."""
     sets, grader = read(path), Grader()
     for name, records in sets.items():
-        for r in tqdm(records, desc="grading", unit="response"):
+        for r in track(records, f"grading {name}", "responses"):
             r |= {"split": name} | compute_score(r["predict"], r["label"], grader, kind)
     grader.close()
     write_atomically(Path(out), as_lines(r for records in sets.values() for r in records))

@@ -15,9 +15,9 @@ from functools import cache
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from plumbing.common import first_line, generator
+from plumbing.console import say, track
 from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
 from plumbing.pictures import rgb
 
@@ -167,11 +167,11 @@ def encode_with(second, example, tok, image_processor):
 
 def readable(read, items):
     """Yield (item, read(item)) of those that can be read; the others are named on the console."""
-    for item in items:
+    for item in track(items, "reading", "prompts"):
         try:
             yield item, read(item)
         except ValueError as error:
-            tqdm.write(f"warning: left out: {error}")
+            say(f"warning: left out: {error}", here=True)
 
 
 def encode_all(examples, tok, image_processor, blind=False):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from loss import policy_logits
 from plumbing.common import fail, generator
+from plumbing.console import Bar, doing
 from plumbing.families import IMAGE_TOKEN, family_of, fold_placeholders, to_picture
 from plumbing.policy import full_parameters, response_logprobs
 from rollout import Sampler, TransformersSampler, refuse
@@ -61,7 +62,8 @@ class VLLMSampler(Sampler):
         self.pad = tok.convert_tokens_to_ids(IMAGE_TOKEN)
         self.level = cfg.sleep if torch.cuda.is_available() else 0  # the CPU build cannot sleep
         try:
-            self.llm = LLM(**self._settings(folder, cfg, world))
+            with doing("starting the vLLM engine", aloud=True):
+                self.llm = LLM(**self._settings(folder, cfg, world))
         except Exception as error:  # too long for the model, too large for the GPU, no such kernel
             why = " ".join(str(error).split())[:300]
             fail(f"the vLLM engine does not start ({why}); --sampler hf does without it", here=True)
@@ -113,9 +115,11 @@ class VLLMSampler(Sampler):
                 self.engine.add_request(str(i), prompt, params)
             except Exception as error:  # it raises errors of many kinds, assertions among them
                 refused[i] = str(error).strip().split("\n")[0] or type(error).__name__
-        while self.engine.has_unfinished_requests():
-            finished = [out for out in self.engine.step() if out.finished]
-            done |= {int(out.request_id): out for out in finished}
+        with Bar("sampling", len(requests) - len(refused), "prompts") as bar:
+            while self.engine.has_unfinished_requests():
+                finished = [out for out in self.engine.step() if out.finished]
+                done |= {int(out.request_id): out for out in finished}
+                bar.update(len(finished))
         for i, prompt in zip(mine, prompts):
             if i in refused:
                 refuse(prompt, refused[i])

@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
+
+from plumbing.console import say
 
 from plumbing.processes import device_memory
 
@@ -87,7 +88,7 @@ class Optimiser:
             self.adamw.step()
         else:
             self.skipped += 1
-            tqdm.write(
+            say(
                 f"warning: gradient norm is {norm}; update {self.updates + 1} is skipped "
                 f"({self.skipped} so far)"
             )

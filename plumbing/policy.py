@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from plumbing.common import fail, first_line
+from plumbing.console import fetching
 from plumbing.families import IMAGE_TOKEN, VISUAL_TOKENS, family_of, load_image_processor
 from plumbing.packing import UNSEEN, attention_mask, may_attend, pack
 from plumbing.vision import prepare
@@ -198,7 +199,8 @@ def find_model(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        with fetching(f"looking for {name} here, else on the hub"):
+            return Path(snapshot_download(name))
     except Exception as error:
         kind = type(error).__name__
         fail(f"model {name!r} is neither a folder here nor reachable on the hub ({kind})")

@@ -4,9 +4,8 @@ evaluation's scorer reads them."""
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from plumbing.common import fail, first_line, write_atomically
+from plumbing.console import say
 
 
 def as_lines(records):
@@ -50,7 +49,7 @@ def read(path):
         fail(f"{path} holds no line with id, predict and label")
     if unread:
         count = f"{len(unread)} of {len(lines)} lines of {path} cannot be read"
-        tqdm.write(f"warning: {count}, the first is line {unread[0]}")
+        say(f"warning: {count}, the first is line {unread[0]}")
     return sets
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from masking import Masker
 from plumbing.checkpoint import check_space
 from plumbing.config import Config
+from plumbing.console import doing
 from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
@@ -84,7 +85,8 @@ def setup(cfg):
     check_space(shape_of(folder).parameters(), cfg.steps, cfg, processes.say)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
-    policy = load_policy(folder, banned, cfg, processes)
+    with doing(f"loading the policy, {folder}", aloud=True):
+        policy = load_policy(folder, banned, cfg, processes)
     reference = None
     if cfg.beta > 0:
         reference = copy_of(policy, folder, cfg, processes).requires_grad_(False)
@@ -92,7 +94,8 @@ def setup(cfg):
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm = policy.vlm
     if processes.sharded and cfg.sampler == "hf":  # the sampler's own whole copy
-        vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(processes.device)
+        with doing("loading the sampler's copy", aloud=True):
+            vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(processes.device)
     parameters = sum(p.numel() for p in policy.parameters())
     level = sleep_level_here(parameters, cfg, processes)
     settings = cfg if level == cfg.sleep else replace(cfg, sleep=level)
@@ -143,7 +146,8 @@ def check_sampler(parts, say, questions=4):
     prompts = [*parts.stream.read(range(first, first + questions)).values()]
     names = [(cfg.seed, "check sync", processes.rank, i) for i in range(len(prompts))]
     tolerance = SYNC_TOLERANCE[cfg.dtype]
-    gap = check_sync(parts.sampler, policy, prompts, names, tolerance, processes.device)
+    with doing("checking that weights reach the sampler"):
+        gap = check_sync(parts.sampler, policy, prompts, names, tolerance, processes.device)
     difference = f"log-probs differ by {gap:.1e} nats a token from the trainer's"
     say(f"weights reach the sampler: with every tensor changed, {difference}")
 

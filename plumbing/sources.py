@@ -7,9 +7,8 @@ import re
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from plumbing.common import fail, first_line, write_atomically
+from plumbing.console import fetching, say, track
 from plumbing.data import Example, prompt_text, seconds
 from plumbing.pictures import original_bytes, tokens_from_header
 from plumbing.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
@@ -141,7 +140,7 @@ class Rows:
             found = False
         return str(self.root / path) if found else picture
 
-    def faults(self, tok, image_processor, longest, part=slice(None), progress=True, second=()):
+    def faults(self, tok, image_processor, longest, part=slice(None), second=()):
         """{index: why a row cannot be used}, of the rows in `part`, from headers alone.
 
         No picture is decoded: sizes come from its header and from the processor's own resizing
@@ -149,11 +148,8 @@ class Rows:
         needs one of each of these.
         """
         found, indices = {}, range(len(self.rows))[part]
-        unit = f"x {AT_ONCE} rows"
-        title = f"checking {self.name}"
-        starts = range(0, len(indices), AT_ONCE)
-        for start in tqdm(starts, desc=title, unit=unit, disable=not progress, leave=False):
-            batch = indices[start : start + AT_ONCE]
+        batches = [indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)]
+        for batch in track(batches, f"checking {self.name}", f"x {AT_ONCE} rows"):
             columns, texts, known = self.rows[list(batch)], [], []
             for k, index in enumerate(batch):
                 try:
@@ -212,7 +208,8 @@ def load(name, split, size, seed, cfg=None, root=None):
 def opened(name, read):
     """read() -> the data set of this name. Ends with a sentence if it cannot be read."""
     try:
-        return read()
+        with fetching(f"opening {name}"):
+            return read()
     except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
         fail(
             f"data {name!r} cannot be read ({first_line(error)}); give a hub name, a parquet, json "
@@ -293,7 +290,7 @@ def usable(data, processors, longest, cfg, processes, second=()):
     if not isinstance(data, Rows):
         return data
     share = slice(processes.rank, None, processes.world)
-    mine = data.faults(*processors, longest, share, processes.first, second)
+    mine = data.faults(*processors, longest, share, second)
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults, cfg.strict)
@@ -305,7 +302,7 @@ def warn_of_shared_rows(train, held_out):
     toy's splits share no picture."""
     if isinstance(train, Selection) and isinstance(held_out, Selection):
         if same := shared_rows(train.rows, held_out.rows):
-            print(
+            say(
                 f"warning: {len(same)} of {len(held_out.rows)} rows of {held_out.rows.name} are "
                 f"in {train.rows.name} too, the first is row {same[0]}: the policy is trained on "
                 "what it is validated on"
@@ -329,7 +326,7 @@ def left_out(out, data, faults, strict):
         fail(f"none of the {len(data)} rows of {data.name} can be used; {file} says why")
     kinds = collections.Counter(re.sub(r"[\d.]+|\(.*\)", "N", why) for why in faults.values())
     counted = "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
-    tqdm.write(
+    say(
         f"{len(faults)} of {len(data)} rows of {data.name} are left out ({file} names them): "
         f"{counted}"
     )

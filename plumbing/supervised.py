@@ -11,6 +11,7 @@ import torch
 from plumbing.checkpoint import check_space
 from plumbing.common import fail
 from plumbing.config import MODELS, Config, borrow, knob, preset_of
+from plumbing.console import doing
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import Stream
 from plumbing.families import TOYS, family_of
@@ -169,7 +170,8 @@ def setup(cfg):
     # Nothing is banned: the softmax of the likelihood runs over the whole vocabulary, so the
     # tokens that must not be sampled become less likely too.
     banned = torch.zeros_like(banned_tokens(folder, processors[0]), device=processes.device)
-    policy = load_policy(folder, banned, cfg, processes)
+    with doing(f"loading the policy, {folder}", aloud=True):
+        policy = load_policy(folder, banned, cfg, processes)
     if cfg.freeze_vision:
         policy.family.tower(policy.vlm).requires_grad_(False)
     if cfg.activation_checkpointing:

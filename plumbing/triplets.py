@@ -24,9 +24,9 @@ from pathlib import Path
 from string import ascii_uppercase
 
 import torch
-from tqdm import tqdm
 
 from plumbing.common import fail, generator, may_write, write_atomically
+from plumbing.console import track
 from plumbing.encoders import encoder_of
 from plumbing.pictures import original_bytes, rgb
 from plumbing.schemas import problem_of
@@ -54,7 +54,7 @@ def look(data, encoder):
     """
     rows, pools, sums, faults = {}, {}, {}, {}
     title, unit = f"encoding {data.name}", f"x {AT_ONCE} rows"
-    for start in tqdm(range(0, len(data), AT_ONCE), desc=title, unit=unit, leave=False):
+    for start in track(range(0, len(data), AT_ONCE), title, unit):
         new = []
         for row in range(start, min(start + AT_ONCE, len(data))):
             try:
@@ -138,7 +138,7 @@ def write(data, found, args):
     table, beside = data.rows.with_format("arrow"), args.out.with_name(f".{args.out.name}")
     schema, kept = features.arrow_schema, list(found[0])
     with pq.ParquetWriter(beside, schema) as file:
-        for start in tqdm(range(0, len(kept), AT_ONCE), desc="writing", leave=False):
+        for start in track(range(0, len(kept), AT_ONCE), "writing", f"x {AT_ONCE} rows"):
             part = kept[start : start + AT_ONCE]
             new = [triplet(data, row, found, args) for row in part]
             old = table[part]

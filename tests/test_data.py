@@ -433,7 +433,7 @@ cfg = resolve({{"model": {folder!r}, "data": "toy", "sampler": "hf"}}, False)[0]
 processors = load_processors({folder!r}, cfg)
 data = Rows({path!r}, "train")
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-faults = data.faults(*processors, 256, progress=False)
+faults = data.faults(*processors, 256)
 seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(len(data), len(faults), seconds, (after - before) / 1024)
 """

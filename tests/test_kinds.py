@@ -186,7 +186,7 @@ def test_the_loaders_read_the_files(folder):
     assert encode_conversation(data[0], *both).scored.any()
     for name in ["train", "val", *TESTED]:
         rows = Rows(folder / f"{name}.parquet", "test")
-        assert not rows.faults(*both, 128, progress=False)
+        assert not rows.faults(*both, 128)
         assert len(encode(rows[0], *both).pixels) == 16
         assert recognise(rows[0].images[0]) == rows[0].answer
     triplet = Rows(folder / "train.parquet", "train").rows[0]

@@ -134,7 +134,7 @@ def jsonl(path, rows):
 
 def faults(path, processors, columns=("problem", "answer", "images")):
     rows = Rows(path, "train", columns)
-    return rows, rows.faults(*processors, 1000, progress=False)
+    return rows, rows.faults(*processors, 1000)
 
 
 def test_the_layouts_of_other_programs(tmp_path, processors):

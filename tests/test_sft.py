@@ -186,7 +186,7 @@ def test_the_rows_of_other_programs(tmp_path):
             table.to_parquet(tmp_path / "0.parquet")
         for file in [path, *(p for p in path.parent.glob(f"{i}.*") if p != path)]:
             data = Conversations(str(file), "train")
-            assert not data.faults(*processors, 100, progress=False), file
+            assert not data.faults(*processors, 100), file
             assert data[0].turns == TURNS and data[0].images == [str(tmp_path / "a.png")]
             assert (data[0].problem, data[0].answer) == (f"count\n{QUESTION}", "red : 3")
 
@@ -234,7 +234,7 @@ def test_a_row_that_cannot_be_learned_is_named(case, tmp_path):
     turns, why = BAD[case]
     _, processors = untrained()
     data = Conversations(str(lines(tmp_path / "rows.jsonl", [{"messages": chat(turns)}])), "train")
-    found = data.faults(*processors, 200, progress=False)
+    found = data.faults(*processors, 200)
     assert list(found) == [0] and why in found[0]
 
 
@@ -254,7 +254,7 @@ def test_a_row_of_another_kind_is_named(row, why, tmp_path):
     _, processors = untrained()
     columns = ("problem", "response", "images")
     data = Conversations(str(lines(tmp_path / "rows.jsonl", [row])), "train", columns)
-    (found,) = data.faults(*processors, 200, progress=False).values()
+    (found,) = data.faults(*processors, 200).values()
     assert why in found
 
 

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import sft
 from plumbing.common import may_write
+from plumbing.console import Bar
 from plumbing.conversations import by_prompt, encode_conversation, pieces
 from plumbing.data import IMAGE, Example
 from plumbing.optimiser import Optimiser
@@ -116,15 +116,15 @@ def warm_start(vlm, processors, steps):
     careful, careless = steps // 2, steps * 7 // 10
     cfg, alone = SftConfig(lr=2e-3, weight_decay=0.01), Processes(alone=True)
     optimiser = Optimiser(policy, cfg, schedule(steps, careless), betas=(0.9, 0.98))
-    bar = tqdm(range(steps), desc="warm start of the kinds", unit="step")
-    for step in bar:
-        teacher = None if step < careful else Teacher() if step < careless else CARELESS
-        indices = range(step * PICTURES, (step + 1) * PICTURES)
-        examples = [example for i in indices for example in lessons(i, teacher)]
-        learned = [encode_conversation(example, *processors) for example in examples]
-        N = sum(c.scored.sum().item() for c in learned)
-        loss, _, _ = sft.update([sft.pack(learned, policy)], N, policy, optimiser, alone)
-        bar.set_postfix(loss=f"{loss:.3f}")
+    with Bar("warm start of the kinds", steps, "steps") as bar:
+        for step in range(steps):
+            teacher = None if step < careful else Teacher() if step < careless else CARELESS
+            indices = range(step * PICTURES, (step + 1) * PICTURES)
+            examples = [example for i in indices for example in lessons(i, teacher)]
+            learned = [encode_conversation(example, *processors) for example in examples]
+            N = sum(c.scored.sum().item() for c in learned)
+            loss, _, _ = sft.update([sft.pack(learned, policy)], N, policy, optimiser, alone)
+            bar.update(note=f"loss {loss:.3f}")
 
 
 def new_processors():

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import sft
 from loss import policy_logits, token_logprobs
 from masking import black_row, choose_patches, mask_patches
 from plumbing import packing
 from plumbing.common import generator
+from plumbing.console import Bar
 from plumbing.data import Example, encode
 from plumbing.optimiser import Optimiser, constant
 from plumbing.policy import Policy, in_place
@@ -140,14 +140,14 @@ def warm_start(vlm, processors, steps, last, pictures=16):
     third, alone = steps * 6 // 7, Processes(alone=True)
     cfg = SftConfig(lr=2e-3, weight_decay=0.01)
     optimiser = Optimiser(policy, cfg, schedule(steps, third), betas=(0.9, 0.98))
-    bar = tqdm(range(steps), desc="toy warm start", unit="step")
-    for step in bar:
-        questions = 0 if step < steps * 3 // 16 else 4
-        teacher = last if step >= third else CAREFUL
-        indices = range(step * pictures, (step + 1) * pictures)
-        rows = lesson_rows(indices, questions, teacher, policy, processors)
-        loss, _, _ = sft.update([rows], rows.scored.sum().item(), policy, optimiser, alone)
-        bar.set_postfix(loss=f"{loss:.3f}")
+    with Bar("toy warm start", steps, "steps") as bar:
+        for step in range(steps):
+            questions = 0 if step < steps * 3 // 16 else 4
+            teacher = last if step >= third else CAREFUL
+            indices = range(step * pictures, (step + 1) * pictures)
+            rows = lesson_rows(indices, questions, teacher, policy, processors)
+            loss, _, _ = sft.update([rows], rows.scored.sum().item(), policy, optimiser, alone)
+            bar.update(note=f"loss {loss:.3f}")
 
 
 def code_of(source):
