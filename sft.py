@@ -146,7 +146,9 @@ def watch(parts, metrics, say):
     ]
     say("  ".join([f"step {step}/{parts.steps}", *shown, f"{metrics['seconds']:.1f} s"]))
     if parts.processes.first:
-        report.log(Path(cfg.out), metrics)
+        report.log(Path(cfg.out), metrics, parts.log)
+        if last or step % cfg.save_every == 0:
+            report.write_page(Path(cfg.out))
 
 
 def train(parts, progress):
@@ -184,13 +186,14 @@ def main():
         if first:
             write_atomically(file, json.dumps({"before": before}))
     ended = train(parts, progress)
-    parts.processes.leave()
+    parts.close()
     if not ended:
         say(f"stopped after step {progress.step}; continue with the same flags and --resume")
         sys.exit(130)
     if cfg.val_data and first:
         losses = json.loads(file.read_text()) | {"after": report.read_metrics(out)[-1]["val_loss"]}
         write_atomically(file, json.dumps(losses))
+        report.write_page(out)
         say(f"validation loss before {losses['before']:.4f}, after {losses['after']:.4f}")
     say(f"written: {out / f'checkpoint-{progress.step}'}; train.py --model goes on from there")
 

@@ -1,5 +1,5 @@
 """The same questions answered by two policies. Each word is shaded by how far the policy on the
-picture is from the policy on the masked picture there, as in samples.html.
+picture is from the policy on the masked picture there, as in report.html.
 
     python bench/heat_map.py out/laptop/algo-grpo-seed1 out/laptop/algo-papo_g-seed1
 

@@ -24,6 +24,7 @@ from masking import MASKS, SOURCES, annealed
 from papo import ALGORITHMS
 from plumbing.common import fail
 from plumbing.families import TOYS
+from plumbing.logs import LOGS, check_log
 from plumbing.sources import MMK12, VIRL39K
 from reward import REWARDS
 
@@ -297,6 +298,9 @@ class Config:
     eval_n: int = knob(8, "responses per question in the before/after table", above=0)
     save_every: int = knob(5, "steps between checkpoints; the last step is always saved", above=0)
     keep: int = knob(2, "checkpoints to keep; 0: all", low=0)
+    log: str = knob(
+        "", "send each step's line of metrics.jsonl there too, if that package is installed", LOGS
+    )
 
     # The toy; see toy/task.py and toy/lessons.py.
     warm_steps: int = knob(480, "supervised warm-start steps of the toy model")
@@ -310,7 +314,7 @@ class Config:
     # What a resumed run may change: nothing that alters the weights it arrives at.
     free_on_resume: ClassVar = frozenset(
         "tokens_per_forward packing activation_checkpointing cpu_offload gpu_memory_utilization "
-        "sleep resume out steps eval_every eval_questions eval_n save_every keep".split()
+        "sleep resume out steps eval_every eval_questions eval_n save_every keep log".split()
     )
 
     def at_step(self, step):
@@ -437,6 +441,7 @@ def check_knobs(cfg, cuda):
     """End with a sentence on knobs out of bounds, and on what no program that has them can do."""
     for f in dataclasses.fields(cfg):
         check_bounds(f.name, getattr(cfg, f.name), f.metadata)
+    check_log(cfg.log)
     if cfg.min_pixels > cfg.max_pixels:
         fail(
             f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "

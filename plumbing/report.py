@@ -1,5 +1,11 @@
-"""What a run leaves to read: config.json, metrics.jsonl, curves.png, and lines on the console."""
+"""What a run leaves to read: config.json, metrics.jsonl, curves.png, report.html, and lines on the
+console.
 
+    python -m plumbing.report out/toy-grpo out/toy-papo_g    # two runs side by side, on one page
+    python -m plumbing.report out/toy-grpo                   # one run's own page again
+"""
+
+import argparse
 import dataclasses
 import json
 import math
@@ -14,7 +20,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing.common import pyplot, write_atomically
+from plumbing.common import fail, may_write, pyplot, write_atomically
+from plumbing.logs import numbers
+from plumbing.page import Run, render
 
 PANELS = [
     ("reward and accuracy", ["reward", "accuracy", "val_accuracy", "val_followed"]),
@@ -26,6 +34,9 @@ PANELS = [
     ("response length (tokens)", ["response_tokens"]),
     ("seconds a step", ["seconds"]),
 ]
+# On the page also, after those that curves.png has room for.
+MORE_PANELS = [("loss: minus J, or of sft.py minus log pi", ["loss", "val_loss"])]
+SAMPLES = 4  # validations whose samples are on the page, beside the first one's
 
 
 def opening(cfg, why):
@@ -76,10 +87,13 @@ def cut_metrics(out, step):
     write_atomically(out / "metrics.jsonl", "".join(kept))
 
 
-def log(out, metrics):
-    """Append one step's line to metrics.jsonl."""
+def log(out, metrics, other=None):
+    """Append one step's line to metrics.jsonl, and send it to what --log opened (plumbing/logs.py),
+    if anything."""
     with open(out / "metrics.jsonl", "a") as f:
         f.write(json.dumps(metrics) + "\n")
+    if other:
+        other.send(numbers(metrics), metrics["step"])
 
 
 # ------------------------------------------------------------------------ one step's metrics
@@ -183,7 +197,7 @@ def collapse_warnings(metrics):
             lines.append(
                 f"warning: {sign[0]} is {now:.4g}, {times:.1f} times its running median "
                 f"{usual:.4g}: the perception loss may be collapsing the policy; look at "
-                "samples.html, then go on from an earlier checkpoint with half the --gamma, or "
+                "report.html, then go on from an earlier checkpoint with half the --gamma, or "
                 "with --eta1 and --eta2 at 0.03 to 0.05"
             )
     return lines
@@ -258,3 +272,47 @@ def curves(out):
             axis.legend()
     figure.savefig(out / "curves.png", dpi=80)
     plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------- report.html
+
+
+def load_run(out):
+    """What a run's folder holds for the page. Ends with a sentence if it holds no run."""
+    if not (out / "config.json").exists():
+        fail(f"{out} holds no run: there is no config.json")
+    files = {name: out / f"{name}.json" for name in ("config", "evaluation")}
+    said = {name: json.loads(f.read_text()) if f.exists() else {} for name, f in files.items()}
+    metrics = read_metrics(out)
+    last = metrics[-1]["step"] if metrics else 0
+    # A resumed run may find samples of steps that it will run again.
+    known = {int(p.stem): p for p in (out / "samples").glob("*.html") if int(p.stem) <= last}
+    steps = sorted(known, reverse=True)
+    samples = [(step, known[step].read_text()) for step in steps[:SAMPLES] + steps[SAMPLES:][-1:]]
+    return Run(out.name, said["config"], metrics, said["evaluation"], samples)
+
+
+def write_page(out):
+    """report.html of a run, as far as it has come."""
+    write_atomically(out / "report.html", render([load_run(out)], PANELS + MORE_PANELS))
+
+
+def main():
+    """Put runs side by side, or write one run's page again, and say where it is."""
+    p = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
+    p.error = lambda message: fail(f"{message}; see --help")
+    p.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folder of a run")
+    p.add_argument("--out", type=Path, help="the page; default: beside the first run")
+    args = p.parse_args()
+    runs, folders = [load_run(out) for out in args.runs], args.runs
+    if len({run.name for run in runs}) < len(runs):
+        runs = [dataclasses.replace(r, name=str(f)) for r, f in zip(runs, folders)]
+    together = folders[0].parent / f"{'-and-'.join(f.name for f in folders)}.html"
+    page = args.out or (together if len(runs) > 1 else folders[0] / "report.html")
+    may_write(page.parent)
+    write_atomically(page, render(runs, PANELS + MORE_PANELS))
+    print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""samples.html: a few responses whose words are shaded by how much they depend on the picture."""
+"""Samples for report.html: a few responses whose words are shaded by how much they depend on the
+picture."""
 
 import base64
 import html
@@ -11,36 +12,23 @@ from loss import k3
 from plumbing.common import generator, write_atomically
 from plumbing.data import encode_all
 from plumbing.families import to_picture
+from plumbing.page import DARKEST
 from plumbing.policy import score_only
 from reward import score
 
-DARKEST = 3  # nats from which a word is drawn in full colour
-STYLE = """<!doctype html><meta charset="utf-8"><title>PAPO samples</title><style>
-body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 1200px }
-img { image-rendering: pixelated; height: 140px; max-width: 400px; margin-right: 8px }
-.p { display: flex; gap: 20px; border-top: 1px solid #ccc; padding: 12px 0 }
-.p > div:first-child { flex: none }
-code { font-size: 14px; white-space: pre-wrap }
-.r { color: #555; font-size: 13px } span { border-radius: 3px; padding: 1px 2px }
-</style>
-<h1>Which words depend on the picture?</h1>
-"""
-LEGEND = f"""
-<p>Left: the picture, and the masked picture of the perception loss. Each token is shaded by its
-KL_prcp, the k3 estimate of how far the policy on the picture is from the policy on the masked
-picture (white: 0 nats, full orange: {DARKEST} nats or more). Hover to read it.</p>
-"""
+LARGEST = (800, 280)  # pixels of a picture in the page, where it is 140 high
 
 
 def write_samples(parts, examples, out, step, questions=4, n=4):
-    """Roll out a few validation questions, and add them on top of samples.html. Collective."""
+    """Roll out a few validation questions, and keep them as samples/<step>.html, a piece of the
+    page that plumbing/page.py makes. Collective."""
     seed, processors = parts.cfg.seed, parts.processors
     chosen = [examples[i] for i in range(min(questions, len(examples)))]
     prompts = encode_all(chosen, *processors)
     names = [(seed, "samples", p.example.id) for p in prompts]
     rollouts = parts.sampler.generate(prompts, n, names)
     grade = partial(score, grader=parts.grader, kind=parts.cfg.reward)
-    blocks = [f"<h2>after step {step}</h2>"]
+    blocks = []
     for prompt, rollout in ((p, r) for p, r in zip(prompts, rollouts) if r is not None):
         kl, both = look(parts, prompt, rollout)
         pictures = "".join(map(as_png, both))
@@ -59,9 +47,6 @@ def write_samples(parts, examples, out, step, questions=4, n=4):
         folder = out / "samples"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{step:06d}.html", "\n".join(blocks))
-        pages = sorted(folder.glob("*.html"), reverse=True)
-        page = "\n".join([STYLE, LEGEND, *(p.read_text() for p in pages)])
-        write_atomically(out / "samples.html", page)
 
 
 def look(parts, prompt, rollout):
@@ -103,14 +88,15 @@ def words(tokens, kl, tok):
 def shaded(tokens, kl, tok):
     """One response as HTML. tokens (n,); kl: a number a token, or None"""
     return "".join(
-        f'<span style="background:rgba(255,140,0,{shade:.2f})" title="{nats:.3f} nats">'
-        f"{html.escape(word)}</span>"
+        f'<span style="--s:{shade:.2f}" title="{nats:.3f} nats">{html.escape(word)}</span>'
         for word, nats, shade in words(tokens, kl, tok)
     )
 
 
 def as_png(picture):
-    """(H, W, 3) uint8 -> an HTML picture"""
-    buffer = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    """(H, W, 3) uint8 -> an HTML picture, within LARGEST"""
+    buffer, image = io.BytesIO(), Image.fromarray(picture.numpy())
+    image.thumbnail(LARGEST)
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/png;base64,{data}">'

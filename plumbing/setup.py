@@ -19,6 +19,7 @@ from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
 from plumbing.grader import Grader
+from plumbing.logs import open_log
 from plumbing.optimiser import Optimiser, whole_gradients
 from plumbing.policy import (
     DTYPES,
@@ -58,9 +59,12 @@ class Parts:
     sampler: Sampler  # asleep until its first sync
     masker: Masker
     grader: Grader
+    log: object  # of plumbing/logs.py; None without --log
 
     def close(self):
-        """Let go of the grader's processes, the engine and the process group."""
+        """Let go of the grader's processes, the engine, the process group and what --log named."""
+        if self.log:
+            self.log.close()
         self.grader.close()
         self.sampler.close()
         self.processes.leave()
@@ -69,6 +73,7 @@ class Parts:
 def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
+    log = open_log(cfg, processes.first)
     folder = processes.one_by_one(lambda: model_folder(cfg.model, cfg))
     processors = load_processors(folder, cfg)
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
@@ -118,6 +123,7 @@ def setup(cfg):
         sampler,
         masker,
         Grader(),
+        log,
     )
 
 

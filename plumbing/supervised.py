@@ -15,6 +15,7 @@ from plumbing.console import doing
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import Stream
 from plumbing.families import TOYS, family_of
+from plumbing.logs import open_log
 from plumbing.optimiser import Optimiser, cosine
 from plumbing.policy import (
     Policy,
@@ -106,6 +107,7 @@ class SftConfig:
     eval_questions: int = borrow("eval_questions", help="conversations in a validation")
     save_every: int = borrow("save_every")
     keep: int = borrow("keep")
+    log: str = borrow("log")
     hint_right: float = borrow("hint_right")
 
     # The schedule reaches to the last step, so a resumed run must keep to it.
@@ -144,11 +146,19 @@ class Parts:
     optimiser: Optimiser
     updates_per_epoch: int
     steps: int
+    log: object  # of plumbing/logs.py; None without --log
+
+    def close(self):
+        """Let go of the process group and of what --log named."""
+        if self.log:
+            self.log.close()
+        self.processes.leave()
 
 
 def setup(cfg):
     """SftConfig -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
+    log = open_log(cfg, processes.first)
     folder = processes.one_by_one(lambda: model_folder(cfg))
     processors = load_processors(folder, cfg)
     stream = conversations(cfg.data, "train", processors, cfg, processes)
@@ -179,7 +189,8 @@ def setup(cfg):
     if cfg.cpu_offload:
         processes.use_cores()
     optimiser = Optimiser(policy, cfg, cosine(cfg.warmup_updates, steps))
-    return Parts(cfg, processes, folder, stream, validation, policy, optimiser, per_epoch, steps)
+    run = (policy, optimiser, per_epoch, steps, log)
+    return Parts(cfg, processes, folder, stream, validation, *run)
 
 
 def model_folder(cfg):

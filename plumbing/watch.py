@@ -25,9 +25,11 @@ def watch(parts, metrics, say):
         metrics["val_seconds"] = clock.so_far()
     say(report.console_line(metrics, cfg.steps))
     if parts.processes.first:
-        report.log(out, metrics)
+        report.log(out, metrics, parts.log)
         if "val_accuracy" in metrics:
             report.curves(out)
+        if "val_accuracy" in metrics or step % cfg.save_every == 0:
+            report.write_page(out)
         for line in report.collapse_warnings(report.read_metrics(out)) if cfg.gamma else []:
             say(line)
 
@@ -48,6 +50,7 @@ def evaluate(parts, when, say):
 def show(out, summaries, say):
     """What a finished run leaves: the table of before and after, and the files in its folder."""
     report.curves(out)
+    report.write_page(out)
     if summaries:
         say("\n".join(report.before_after(summaries)))
     written = sorted(p for p in out.iterdir() if not p.name.startswith("."))
