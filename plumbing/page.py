@@ -19,7 +19,7 @@ STYLE = """
  --card: #f6f8fa; --heat: 255 140 0; --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df;
  --c4: #cf222e; --c5: #0a7a83; --c6: #9a6700; --c7: #bf3989 }
 @media (prefers-color-scheme: dark) { :root { --back: #0d1117; --text: #e6edf3; --faint: #9198a1;
- --line: #3d444d; --card: #151b23; --heat: 176 82 0; --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950;
+ --line: #3d444d; --card: #151b23; --heat: 160 74 0; --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950;
  --c3: #bc8cff; --c4: #ff7b72; --c5: #39c5cf; --c6: #d29922; --c7: #f778ba } }
 body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
  margin: 2em auto; max-width: 1200px; padding: 0 1.2em }
@@ -42,10 +42,11 @@ figcaption { font-size: 13px } svg { display: block; width: 100% } svg text { fi
  padding: 1px 2px } .runs { display: grid; gap: 0 28px; grid-auto-columns: minmax(340px, 1fr);
  grid-auto-flow: column; overflow-x: auto } summary { cursor: pointer }
 """
-LEGEND = f"""<p>Left: the picture, and the masked picture of the perception loss. Each token is
-shaded by its KL_prcp, the k3 estimate of how far the policy on the picture is from the policy on
-the masked picture: none at 0 nats, <code><span style="--s:1">full colour</span></code> at
-{DARKEST} nats or more. Rest on a token to read its number.</p>"""
+LEGEND = f"""<h2>Which words depend on the picture?</h2>
+<p>Left: the picture, and the masked picture of the perception loss. Each token is shaded by its
+KL_prcp, the k3 estimate of how far the policy on the picture is from the policy on the masked
+picture: none at 0 nats, <code><span style="--s:1">full colour</span></code> at {DARKEST} nats or
+more. Rest on a token to read its number.</p>"""
 
 
 @dataclass
@@ -74,7 +75,6 @@ def render(runs, panels):
         before_after(runs),
         "<h2>Curves</h2>",
         curves(runs, panels),
-        "<h2>Which words depend on the picture?</h2>",
         samples(runs),
         "<h2>Settings</h2>",
         settings(runs),
@@ -182,9 +182,9 @@ def curves(runs, panels):
     if len(runs) == 1:
         drawn = [(title, [(n, series(runs[0], n)) for n in names]) for title, names in panels]
     else:
-        metrics = [(title, name) for title, names in panels for name in names]
-        drawn = [(f"{n}: {t}", [(r.name, series(r, n)) for r in runs]) for t, n in metrics]
-    figures = [panel(title, [(n, s) for n, s in lines if s]) for title, lines in drawn]
+        metrics = [name for _, names in panels for name in names]
+        drawn = [(name, [(run.name, series(run, name)) for run in runs]) for name in metrics]
+    figures = [panel(title, lines) for title, lines in drawn]
     return f'<div class="curves">{"".join(figures)}</div>' if any(figures) else "<p>None yet.</p>"
 
 
@@ -197,8 +197,12 @@ def series(run, name):
 
 
 def panel(title, lines):
-    """[(name, [(x, y)])] -> a figure with an SVG in it; "" without lines."""
-    if not lines:
+    """[(name, [(x, y)])] -> a figure with an SVG in it; "" if there is nothing to draw.
+
+    A line's colour is that of its place, so that a run has one colour in all panels, those in which
+    another one has no points included.
+    """
+    if not any(points for _, points in lines):
         return ""
     x, y = (scale([p[k] for _, points in lines for p in points]) for k in (0, 1))
     width, height, left, top = 300, 170, 38, 8  # of the plot: from (38, 8) to (292, 150)
@@ -217,6 +221,8 @@ def panel(title, lines):
         marks.append(f'<text x="{at:.1f}" y="{height - 6}" text-anchor="middle">{value:g}</text>')
     keys = []
     for i, (name, points) in enumerate(lines):
+        if not points:
+            continue
         colour, placed = f"var(--c{i % HUES})", [place(p) for p in points]
         text = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
         marks.append(f'<polyline class="curve" style="stroke:{colour}" points="{text}"/>')
@@ -253,9 +259,10 @@ def ticks(low, high, most=4):
 
 
 def samples(runs):
-    """The newest samples of each run; the first and older ones of one run are folded away."""
+    """The newest samples of each run; of one run also older ones, folded away. "" without any, as
+    of a run of sft.py."""
     if not any(run.samples for run in runs):
-        return "<p>None: they are drawn when a run validates.</p>"
+        return ""
     if len(runs) > 1:
         columns = [
             f"<div><h3>{escape(r.name)}</h3>{''.join(block(r.samples[:1]))}</div>" for r in runs

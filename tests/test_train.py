@@ -38,6 +38,7 @@ NUMBERS = (
 def train(out, *flags):
     done = command("train.py", "--out", out, *SMALL, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "\r" not in done.stderr + done.stdout  # this is no terminal
     return done.stdout
 
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory, folder):
 def test_what_a_run_leaves(finished):
     out, stdout = finished
     names = {p.name for p in out.iterdir()}
-    files = {"config.json", "metrics.jsonl", "curves.png", "samples.html", "evaluation.json"}
+    files = {"config.json", "metrics.jsonl", "curves.png", "report.html", "evaluation.json"}
     assert files | {"checkpoint-4", "checkpoint-6"} <= names
     # Checkpoints are whole, and two are kept.
     assert not [n for n in names if n.startswith(".making")] and "checkpoint-2" not in names
@@ -70,10 +71,13 @@ def test_what_a_run_leaves(finished):
     assert "val_accuracy" in lines[2] and "val_accuracy" in lines[5]
     assert lines[0]["lr"] == 2e-4  # not 0 on the first step
     assert "general" in stdout and "vision" in stdout and "blind" in stdout
-    assert str(out / "samples.html") in stdout
-    page = (out / "samples.html").read_text()
+    assert str(out / "report.html") in stdout
+    page = (out / "report.html").read_text()
     assert page.count("<img") == 2 * 4 * 2
     assert "nats" in page and "after step 6" in page and "boxed" in page
+    assert page.count("<polyline") > 12 and "step 6 of 6" in page
+    after = json.loads((out / "evaluation.json").read_text())["after"]["vision"]["accuracy"]
+    assert f'<td class="n">{100 * after:.1f}</td>' in page
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
