@@ -20,9 +20,9 @@ from pathlib import Path
 
 from paper_on_a_laptop import ROOT, interval, verdict
 from side_by_side import with_interval
-from tqdm import tqdm
 
 from plumbing.common import pyplot, write_atomically
+from plumbing.console import Bar
 from plumbing.report import read_metrics
 from plumbing.responses import read
 from plumbing.summary import summarise
@@ -164,7 +164,7 @@ def main():
         jobs = [job for job in jobs if job not in results]
         for seed in SEEDS:  # first, since several runs begin with it
             fine_tuned(args.work, seed)
-        with tqdm(total=len(jobs), unit="run", mininterval=0) as bar, ThreadPoolExecutor(2) as two:
+        with Bar(NAME, len(jobs), "runs") as bar, ThreadPoolExecutor(2) as two:
             for job, run in zip(jobs, two.map(lambda job: result(args.work, *job), jobs)):
                 results[job] = run
                 write_atomically(file, json.dumps(list(results.values())))

@@ -19,7 +19,6 @@ def fail(message, here=False):
     Every process of a run is expected to fail together, so only the first one speaks; with `here`,
     the error belongs to this process alone and is said by it.
     """
-    console.clear()
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         sys.exit(f"error: {message}")

@@ -1,28 +1,28 @@
 """What a long run says while it works: how far it is, how much time is left, and lines above that.
 
-On a terminal the last line is drawn again twice a second, and tells all that is under way, the
-whole first, with the time that has passed or the time that is left:
+On a terminal these are tqdm's bars, one inside the other, drawn again twice a second even where a
+piece of the work takes long. Where standard output is not a terminal, as in the log of a job, the
+same is one line every LINE_EVERY seconds:
 
-    papo_g 41/202 steps, 8:13:20 left | update 0:31 | 5/24 passes, 1:58 left
+    papo_g 41/202 steps, 8:13:20 left | update 00:31 | 5/24 passes, 01:58 left
 
-Where standard output is not a terminal, as in the log of a job, the same is a line of its own every
-LINE_EVERY seconds. Both go to standard error, so that results can be piped on. Of the processes of
-a run only the first one tells.
+Both go to standard error, so that results can be piped on. Of the processes of a run only the first
+one tells.
 """
 
 import os
-import shutil
 import sys
 import threading
 import time
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 DRAW_EVERY = 0.5  # seconds, on a terminal
 LINE_EVERY = 30.0  # seconds, elsewhere
 
 _under_way = []  # the Bars that are open, the outermost first
-_lock = threading.RLock()  # one writer at a time
-_drawn = False  # is there something on the terminal's last line?
+_lock = threading.RLock()
 _thread = None
 
 
@@ -34,40 +34,38 @@ class Bar:
     """
 
     def __init__(self, title, total=None, unit="", done=0):
-        self.title, self.total, self.unit = title, total, unit
-        self.done, self.before, self.note = done, done, ""
-        self.began = time.monotonic()
+        self.terminal = on_a_terminal()
+        form = "{desc} {elapsed}"
+        if total is not None:
+            form = "{desc} {n_fmt}/{total_fmt} " + unit + ", {remaining} left{postfix}"
+        self.about = dict(desc=title, total=total, initial=done, unit=f" {unit}", leave=False)
+        self.about |= {"mininterval": DRAW_EVERY} if self.terminal else {"bar_format": form}
+        # A whole of one part says nothing, and neither do other processes.
+        self.about["disable"] = total == 1 or not first()
 
     def __enter__(self):
+        # In a log, tqdm only keeps the time, and draws to nowhere.
+        self.nowhere = None if self.terminal else open(os.devnull, "w")
+        self.bar = tqdm(**self.about, file=self.nowhere)
         with _lock:
             _under_way.append(self)
-            _tell()
+        _tell()
         return self
 
     def __exit__(self, *_):
         with _lock:
             _under_way.remove(self)
-            if not _under_way:
-                clear()
+            self.bar.close()
+            if self.nowhere:
+                self.nowhere.close()
 
     def update(self, n=1, note=""):
-        self.done, self.note = self.done + n, note
+        self.bar.update(n)
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
 
     def __str__(self):
-        gone = time.monotonic() - self.began
-        if self.total is None:
-            return f"{self.title} {clock_time(gone)}"
-        said = f"{self.title} {self.done}/{self.total} {self.unit}".strip()
-        if new := self.done - self.before:
-            said += f", {clock_time(gone / new * (self.total - self.done))} left"
-        return f"{said}, {self.note}" if self.note else said
-
-
-def clock_time(seconds):
-    """Seconds -> 0:07, 12:40 or 31:02:09"""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return "" if self.bar.disable else str(self.bar).strip().replace(", ? left", "")
 
 
 def track(items, title, unit, done=0):
@@ -107,11 +105,9 @@ def fetching(what):
 def say(text, here=False):
     """A line of text, at once, above what is under way. As of `fail`: only the first process
     speaks, or, with `here`, each for itself."""
-    if not (here or first()):
-        return
-    with _lock:
-        clear()
-        print(text, flush=True)
+    if here or first():
+        with tqdm.external_write_mode(sys.stdout):
+            print(text, flush=True)
 
 
 def first():
@@ -123,20 +119,10 @@ def on_a_terminal():
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def clear():
-    """Empty the terminal's last line, if something is drawn there."""
-    global _drawn
-    with _lock:
-        if _drawn:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-        _drawn = False
-
-
 def told():
-    """All that is under way, as one line; "" if nothing is. A whole of one part is left out."""
+    """All that is under way, as one line; "" if nothing is."""
     with _lock:
-        return " | ".join(str(bar) for bar in _under_way if bar.total != 1)
+        return " | ".join(filter(None, map(str, _under_way)))
 
 
 def _tell():
@@ -149,16 +135,11 @@ def _tell():
 
 
 def _go_on_telling():
-    global _drawn
     while True:
         terminal = on_a_terminal()
         time.sleep(DRAW_EVERY if terminal else LINE_EVERY)
         with _lock:
-            text = told()
-            if text and terminal:
-                width = shutil.get_terminal_size().columns
-                sys.stderr.write(f"\r{text[: width - 1]}\x1b[K")
-            elif text:
-                sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
-            _drawn = bool(text) and terminal
+            if not terminal and (text := told()):
+                print(text, file=sys.stderr, flush=True)
+            for bar in _under_way if terminal else []:
+                bar.bar.refresh()

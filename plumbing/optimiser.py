@@ -6,7 +6,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from plumbing.console import say
-
 from plumbing.processes import device_memory
 
 

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 # How long a process waits for the others, where torch gives up after 10 minutes (NCCL) or 30
 # (gloo): the first one may be downloading a model, or writing it to a slow disk. One that dies is
@@ -67,11 +66,6 @@ class Processes:
         known = hasattr(os, "sched_getaffinity")  # the cores that this process may use
         cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-    def say(self, line):
-        """Print a line, once for all processes."""
-        if self.first:
-            tqdm.write(line)
 
     def barrier(self):
         """Wait until every process is here."""

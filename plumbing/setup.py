@@ -14,7 +14,7 @@ from pathlib import Path
 from masking import Masker
 from plumbing.checkpoint import check_space
 from plumbing.config import Config
-from plumbing.console import doing
+from plumbing.console import doing, say
 from plumbing.data import Stream, encode_with
 from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
@@ -87,7 +87,7 @@ def setup(cfg):
         if processes.first:
             warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
-    check_space(shape_of(folder).parameters(), cfg.steps, cfg, processes.say)
+    check_space(shape_of(folder).parameters(), cfg.steps, cfg, say)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
     with doing(f"loading the policy, {folder}", aloud=True):

@@ -11,7 +11,7 @@ import torch
 from plumbing.checkpoint import check_space
 from plumbing.common import fail
 from plumbing.config import MODELS, Config, borrow, knob, preset_of
-from plumbing.console import doing
+from plumbing.console import doing, say
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import Stream
 from plumbing.families import TOYS, family_of
@@ -175,7 +175,7 @@ def setup(cfg):
     shape = shape_of(folder)
     if cfg.freeze_vision:
         family_of(shape.config).tower(shape).requires_grad_(False)
-    check_space(shape.parameters(), steps, cfg, processes.say)
+    check_space(shape.parameters(), steps, cfg, say)
 
     # Nothing is banned: the softmax of the likelihood runs over the whole vocabulary, so the
     # tokens that must not be sampled become less likely too.
