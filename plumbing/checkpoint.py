@@ -1,8 +1,9 @@
 """A run that can be stopped at any moment and goes on as if it had not been.
 
-    checkpoint-N/            a Hugging Face folder: safetensors, config, tokenizer, processor files
-    checkpoint-N/trainer/    torch.distributed.checkpoint: master weights and optimiser state; its
-                             state.json: counters
+    checkpoint-N/            a Hugging Face folder: safetensors, config, tokenizer, processor files;
+                             with LoRA the adapter in peft's format instead of the model
+    checkpoint-N/trainer/    torch.distributed.checkpoint: master weights and optimiser state of
+                             what is trained; its state.json: counters
 
 A checkpoint is written under a hidden name and renamed when it is whole, so one with its final name
 is always whole. No state of a random generator is saved, since every draw of a run is made by a
@@ -18,12 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from plumbing.common import fail, may_write
 from plumbing.config import same_run
 from plumbing.console import doing
-from plumbing.policy import save_hf
+from plumbing.policy import save as save_model
+
+# Frozen weights are those of the model that the run starts from, when it is resumed as well.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass
@@ -71,10 +79,12 @@ def open_folder(out, cfg, say):
     return whole(out)[-1] if whole(out) else None
 
 
-def bytes_of(parameters):
-    """Of one checkpoint: float32 weights twice, for other programs and for this one, and the two
-    moments of those that are trained."""
-    return sum(p.numel() * (16 if p.requires_grad else 8) for p in parameters)
+def bytes_of(parameters, cfg):
+    """Of one checkpoint, in float32: the weights for other programs, with LoRA those of the adapter
+    alone; and of what is trained the weights for this one and two moments."""
+    parameters = list(parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return 12 * trained + 4 * (trained if cfg.lora_rank else sum(p.numel() for p in parameters))
 
 
 def check_space(parameters, steps, cfg, say):
@@ -83,7 +93,7 @@ def check_space(parameters, steps, cfg, say):
     parameters: the model's; steps: the run's last one. While one is saved, the oldest of those that
     --keep counts is still there. A measurement, which has opened no folder, saves nothing.
     """
-    out, one = Path(cfg.out), bytes_of(parameters)
+    out, one = Path(cfg.out), bytes_of(parameters, cfg)
     if not out.is_dir():
         return
     there = [int(p.name.split("-")[1]) for p in whole(out)]
@@ -102,7 +112,7 @@ def check_space(parameters, steps, cfg, say):
 
 
 def _state(policy, optimiser):
-    model, moments = get_state_dict(policy, optimiser.adamw)
+    model, moments = get_state_dict(policy, optimiser.adamw, options=TRAINED)
     return {"model": model, "optimiser": moments}
 
 
@@ -123,10 +133,10 @@ def save(out, counters, parts):
         if processes.first:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
-            if shutil.disk_usage(out).free < bytes_of(parts.policy.parameters()):
+            if shutil.disk_usage(out).free < bytes_of(parts.policy.parameters(), parts.cfg):
                 raise OSError(errno.ENOSPC, "no space left")
         processes.barrier()
-        save_hf(parts.policy, making, parts.folder, processes.first)
+        save_model(parts.policy, making, parts.folder, parts.cfg, processes.first)
         with warnings.catch_warnings():  # one process saving alone is meant
             warnings.filterwarnings("ignore", message="torch.distributed is")
             state, alone = _state(parts.policy, optimiser), processes.world == 1
@@ -174,6 +184,7 @@ def restore(folder, parts):
         parts.optimiser.adamw,
         model_state_dict=state["model"],
         optim_state_dict=state["optimiser"],
+        options=TRAINED,
     )
     counters = json.loads((folder / "trainer" / "state.json").read_text())
     parts.optimiser.updates = counters.pop("updates")

@@ -226,6 +226,15 @@ class Config:
         False, "responses cut off at max_response_tokens are left out of the loss"
     )
 
+    # LoRA; see plumbing/lora.py.
+    lora_rank: int = knob(
+        0,
+        "r: adapters of this rank on the language model's linear layers are trained, and nothing "
+        "else; 0: all weights are",
+        low=0,
+    )
+    lora_alpha: float = knob(32.0, "what the adapters add is weighed with lora_alpha / r", above=0)
+
     # The optimiser.
     lr: float = knob(1e-6, "learning rate", above=0)
     warmup_updates: int = knob(

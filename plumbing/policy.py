@@ -22,9 +22,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
+from plumbing import lora
 from plumbing.common import fail, first_line
 from plumbing.console import fetching
-from plumbing.families import IMAGE_TOKEN, VISUAL_TOKENS, family_of, load_image_processor
+from plumbing.families import (
+    IMAGE_TOKEN,
+    TOYS,
+    VISUAL_TOKENS,
+    family_of,
+    load_image_processor,
+)
 from plumbing.packing import UNSEEN, attention_mask, may_attend, pack
 from plumbing.vision import prepare
 
@@ -178,6 +185,18 @@ def score_only(policy, rows, pixels, exact=False):
     return scores
 
 
+class WithoutAdapters:
+    """pi_ref of a policy with LoRA: the same model with its adapters switched off, for score_only.
+    It is what the policy was before training, and takes no memory."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __call__(self, rows, pixels, exact=False):
+        with lora.switched_off(self.policy):
+            return score_only(self.policy, rows, pixels, exact)
+
+
 def response_logprobs(policy, prompts, rollouts, device):
     """The policy's log-probs of sampled tokens -> a list of (n,) tensors, response by response.
 
@@ -208,8 +227,11 @@ def find_model(name):
 
 def whole_model(folder):
     """A local folder, if it holds a model."""
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        fail(f"{folder} holds an adapter only; merge it into its base model, and give that folder")
+    if (folder / lora.CONFIG).exists() and not (folder / "config.json").exists():
+        fail(
+            f"{folder} holds an adapter only; merge it into its base model with `python -m "
+            f"plumbing.merge {folder}`, and give the folder that this names"
+        )
     if not (folder / "config.json").exists():
         fail(f"{folder} holds no model: there is no config.json")
     return folder
@@ -280,7 +302,8 @@ def load_policy(folder, banned, cfg, processes):
     """The policy of a model folder: sharded over the processes, or whole in the only one."""
     if processes.sharded:
         return sharded_policy(folder, banned, cfg, processes.device)
-    return Policy(load_vlm(folder), banned, cfg.temperature, cfg.packing == "flat")
+    vlm = lora.add_adapters(load_vlm(folder), cfg)
+    return Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
 
 
 @torch.no_grad()
@@ -305,7 +328,9 @@ def sharded_policy(folder, banned, cfg, device):
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    whole = Policy(load_vlm(folder), banned) if dist.get_rank() == 0 else None
+    loaded = None
+    if dist.get_rank() == 0:
+        loaded = Policy(lora.add_adapters(load_vlm(folder, master_dtype(cfg)), cfg), banned)
     policy = empty_policy(folder, banned, cfg, device)
     options = StateDictOptions(
         full_state_dict=True,
@@ -313,28 +338,37 @@ def sharded_policy(folder, banned, cfg, device):
         strict=False,
         cpu_offload=cfg.cpu_offload,
     )
-    set_model_state_dict(policy, whole.state_dict() if whole else {}, options=options)
-    send_buffers(policy, whole, device)
+    set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
+    send_buffers(policy, loaded, device)
     return policy
 
 
-def shape_of(folder):
-    """The model of a folder without its weights, on the device "meta", which has no memory."""
+def master_dtype(cfg):
+    """What the weights of a sharded policy are kept in: float32, and with LoRA, where they do not
+    change, what they are computed in."""
+    return DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32
+
+
+def shape_of(folder, cfg):
+    """The policy's model without its values, on the device "meta", which has no memory."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder)
+    config, dtype = AutoConfig.from_pretrained(folder), master_dtype(cfg)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            config, attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
+        vlm = AutoModelForImageTextToText.from_config(
+            config, attn_implementation="sdpa", dtype=dtype
+        )
+        return lora.add_adapters(vlm.eval(), cfg)
 
 
 def empty_policy(folder, banned, cfg, device):
     """A Policy sharded over all processes by FSDP2: every decoder layer and vision block, then the
-    rest. Master weights and reductions are float32, and it computes in cfg.dtype. It has memory for
-    weights and buffers, and no values in it.
+    rest. Master weights and reductions are float32, and it computes in cfg.dtype. With LoRA the
+    masters are A and B, and what is frozen is kept in cfg.dtype; FSDP2 wants one type of those
+    parameters of a block that are trained, and casts each to the type that it computes in. It has
+    memory for weights and buffers, and no values in it.
     """
-    vlm = shape_of(folder)
+    vlm = shape_of(folder, cfg)
     policy = Policy(vlm, banned, cfg.temperature, cfg.packing == "flat")
     prepare(vlm, policy.family)
     precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
@@ -346,12 +380,12 @@ def empty_policy(folder, banned, cfg, device):
     return policy
 
 
-def send_buffers(policy, whole, device):
+def send_buffers(policy, loaded, device):
     """Rank 0's buffers to everybody: what is not in the state, such as the tables of the rotary
     positions and the ban."""
-    sources = dict(whole.named_buffers()) if whole else {}
+    sources = dict(loaded.named_buffers()) if loaded else {}
     for name, buffer in policy.named_buffers():
-        value = sources[name].to(device) if whole else torch.empty_like(buffer, device=device)
+        value = sources[name].to(device) if loaded else torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
         place(policy, name, value)
 
@@ -363,9 +397,27 @@ def place(policy, name, buffer):
 
 
 def full_parameters(policy):
-    """Stream (Hugging Face name, whole tensor), one at a time; collective if sharded."""
+    """Stream (Hugging Face name, whole tensor), one at a time; collective if sharded. A weight with
+    an adapter comes merged, in float32: who receives it rounds."""
     for name, p in policy.vlm.named_parameters():
-        yield name, (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
+        module, _, leaf = name.rpartition(".")
+        layer = policy.vlm.get_submodule(module)
+        if isinstance(layer, lora.Adapted) and leaf == "weight":
+            yield name, layer.merged()
+        elif not lora.of_adapter(name):
+            yield name, lora.whole(p).detach()
+
+
+def save(policy, folder, source, cfg, first):
+    """What a checkpoint holds for others to load: a Hugging Face folder, or, with LoRA, peft's
+    files. source: the folder of the model cfg.model. Collective; the first process writes."""
+    if not lora.adapters(policy):
+        return save_hf(policy, folder, source, first)
+    elsewhere = cfg.model in TOYS or Path(cfg.model).is_dir()  # not on the hub
+    base = Path(source).resolve() if elsewhere else cfg.model
+    lora.save_adapter(policy.vlm, folder, base, first)
+    if first:
+        copy_files(source, folder, but=["config.json", "generation_config.json"])
 
 
 def save_hf(policy, folder, source, first):
@@ -378,8 +430,13 @@ def save_hf(policy, folder, source, first):
     if not first:
         return
     policy.vlm.save_pretrained(folder, state_dict=weights)
+    copy_files(source, folder)
+
+
+def copy_files(source, folder, but=()):
+    """The tokenizer and processor files of a model folder to another one that lacks them."""
     for file in Path(source).iterdir():
-        wanted = file.suffix in (".json", ".txt", ".jinja")
+        wanted = file.suffix in (".json", ".txt", ".jinja") and file.name not in but
         wanted = wanted and not file.name.endswith(".index.json")
         if wanted and (not (folder / file.name).exists() or file.name == "generation_config.json"):
             shutil.copy(file, folder)

@@ -4,7 +4,8 @@ data first, since what is wrong with it shows in seconds; then models; then the 
 Memory, per process, with N parameters over W processes: weights, gradients and Adam's two moments
 in float32 are 16 N / W bytes, the reference 4 N / W; while gradients add up over the passes of an
 update they may be whole, 4 N (optimiser.whole_gradients); and the sampler holds its own whole copy
-(2 N in bfloat16, shared by --tensor_parallel processes).
+(2 N in bfloat16, shared by --tensor_parallel processes). With LoRA N counts the adapters, there is
+no reference, and the frozen model takes 2 bytes a parameter over W.
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from plumbing.engine import SYNC_TOLERANCE, build_sampler, check_sync
 from plumbing.families import TOYS
 from plumbing.grader import Grader
 from plumbing.logs import open_log
+from plumbing.lora import count
 from plumbing.optimiser import Optimiser, whole_gradients
 from plumbing.policy import (
     DTYPES,
     Policy,
+    WithoutAdapters,
     banned_tokens,
     copy_of,
     find_model,
@@ -54,7 +57,7 @@ class Parts:
     stream: Stream  # of training prompts
     validation: dict  # {split: examples}; empty without --val_data
     policy: Policy
-    reference: Policy | None  # the policy before training, where beta needs it
+    reference: Policy | WithoutAdapters | None  # the policy before training, where beta needs it
     optimiser: Optimiser
     sampler: Sampler  # asleep until its first sync
     masker: Masker
@@ -87,13 +90,15 @@ def setup(cfg):
         if processes.first:
             warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
-    check_space(shape_of(folder).parameters(), cfg.steps, cfg, say)
+    check_space(shape_of(folder, cfg).parameters(), cfg.steps, cfg, say)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
     with doing(f"loading the policy, {folder}", aloud=True):
         policy = load_policy(folder, banned, cfg, processes)
     reference = None
-    if cfg.beta > 0:
+    if cfg.beta > 0 and cfg.lora_rank:
+        reference = WithoutAdapters(policy)
+    elif cfg.beta > 0:
         reference = copy_of(policy, folder, cfg, processes).requires_grad_(False)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,8 +106,7 @@ def setup(cfg):
     if processes.sharded and cfg.sampler == "hf":  # the sampler's own whole copy
         with doing("loading the sampler's copy", aloud=True):
             vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(processes.device)
-    parameters = sum(p.numel() for p in policy.parameters())
-    level = sleep_level_here(parameters, cfg, processes)
+    level = sleep_level_here(policy, cfg, processes)
     settings = cfg if level == cfg.sleep else replace(cfg, sleep=level)
     sampler = build_sampler(settings, folder, vlm, processors, banned, processes.world)
     # A resumed run makes the optimiser's state before the first sync; there is no room for both.
@@ -158,19 +162,20 @@ def check_sampler(parts, say, questions=4):
     say(f"weights reach the sampler: with every tensor changed, {difference}")
 
 
-def sleep_level_here(parameters, cfg, processes):
+def sleep_level_here(policy, cfg, processes):
     """What the engine must give back while training; --sleep -1 is decided by this GPU's memory."""
     if cfg.sleep >= 0 or processes.device.type != "cuda":
         return cfg.sleep
     memory = device_memory(processes.device)
-    return sleep_level(parameters, processes.world, memory, cfg)
+    return sleep_level(*count(policy), processes.world, memory, cfg)
 
 
-def sleep_level(parameters, world, memory, cfg):
+def sleep_level(trained, frozen, world, memory, cfg):
     """0 if all that the top of this file counts, and ROOM, fit beside an awake engine, else 2.
 
-    memory: of each process's device, in bytes
+    trained, frozen: how many parameters; memory: of each process's device, in bytes
     """
-    needed = (16 + 4 * (cfg.beta > 0)) / world * parameters + whole_gradients(parameters, memory)
+    copies = 16 + 4 * (cfg.beta > 0 and not cfg.lora_rank)
+    needed = (copies * trained + 2 * frozen) / world + whole_gradients(trained, memory)
     needed += ROOM[cfg.activation_checkpointing]
     return 0 if needed <= (1 - cfg.gpu_memory_utilization) * memory else 2

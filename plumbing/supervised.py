@@ -93,6 +93,8 @@ class SftConfig:
     tokens_per_forward: int = borrow("tokens_per_forward")
     cutoff: int = knob(4096, "longer conversations are left out", above=0)
     freeze_vision: bool = knob(False, "the vision tower stays as it is")
+    lora_rank: int = borrow("lora_rank")
+    lora_alpha: float = borrow("lora_alpha")
     lr: float = borrow("lr")
     warmup_updates: int = borrow("warmup_updates")
     weight_decay: float = borrow("weight_decay")
@@ -172,7 +174,7 @@ def setup(cfg):
     # The last update of an epoch is smaller where the rows do not divide.
     per_epoch = math.ceil(len(stream.examples) / cfg.prompts_per_update)
     steps = cfg.steps or math.ceil(cfg.epochs * per_epoch)
-    shape = shape_of(folder)
+    shape = shape_of(folder, cfg)
     if cfg.freeze_vision:
         family_of(shape.config).tower(shape).requires_grad_(False)
     check_space(shape.parameters(), steps, cfg, say)

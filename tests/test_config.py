@@ -226,15 +226,15 @@ def test_the_engine_sleeps_when_it_must():
     """3.75 billion parameters, fp32 with Adam and a reference, 20 GB of room for activations that
     are computed again: beside half of a GPU, on so many bytes and processes."""
     cfg = preset("3b", "papo_g")
-    assert sleep_level(3.75e9, 1, 80e9, cfg) == 2
-    assert sleep_level(3.75e9, 16, 80e9, cfg) == 0  # 5 + 15 + 20 GB
+    assert sleep_level(3.75e9, 0, 1, 80e9, cfg) == 2
+    assert sleep_level(3.75e9, 0, 16, 80e9, cfg) == 0  # 5 + 15 + 20 GB
     small, wide = preset("3b", "papo_d"), dict(gpu_memory_utilization=0.6)
-    assert sleep_level(1e9, 2, 80e9, small) == 0  # 8 + 4 + 20 GB
-    assert sleep_level(1e9, 2, 80e9, preset("3b", "papo_g", **wide)) == 2  # 10 + 4 + 20 GB
+    assert sleep_level(1e9, 0, 2, 80e9, small) == 0  # 8 + 4 + 20 GB
+    assert sleep_level(1e9, 0, 2, 80e9, preset("3b", "papo_g", **wide)) == 2  # 10 + 4 + 20 GB
     kept = preset("3b", "papo_d", activation_checkpointing=False)
-    assert sleep_level(1e9, 2, 80e9, kept) == 2
+    assert sleep_level(1e9, 0, 2, 80e9, kept) == 2
     # At 4.1 billion, whole gradients are more than a fifth of the card, and only shards are kept.
-    assert sleep_level(4.1e9, 16, 80e9, cfg) == 0  # 5 + 20 GB
+    assert sleep_level(4.1e9, 0, 16, 80e9, cfg) == 0  # 5 + 20 GB
 
 
 @pytest.mark.parametrize("cuda", [True, False])

@@ -445,21 +445,25 @@ def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
 
 
 def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
-    """100 trained and 50 frozen parameters, 16 and 8 bytes each, are 2,000 bytes a checkpoint."""
+    """100 trained and 50 frozen parameters, 16 and 4 bytes each, are 1,800 bytes a checkpoint."""
     frozen = torch.nn.Parameter(torch.zeros(50), requires_grad=False)
     parameters, said = [torch.nn.Parameter(torch.zeros(100)), frozen], []
-    assert checkpoint.bytes_of(parameters) == 2000
+    full, lora = SimpleNamespace(lora_rank=0), SimpleNamespace(lora_rank=4)
+    assert checkpoint.bytes_of(parameters, full) == 1800
+    assert checkpoint.bytes_of(parameters, lora) == 1600  # what is frozen is not in it
 
     def check(free, steps=20, **flags):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        cfg = SimpleNamespace(out=str(tmp_path), **{"save_every": 5, "keep": 2, **flags})
+        cfg = SimpleNamespace(
+            out=str(tmp_path), lora_rank=0, **{"save_every": 5, "keep": 2, **flags}
+        )
         checkpoint.check_space(parameters, steps, cfg, said.append)
 
     too_much = [
-        (5999, {}),  # 2 and one more
-        (7999, dict(keep=0)),  # steps 5, 10, 15, 20
-        (3999, dict(keep=1)),
-        (1999, dict(steps=3)),  # the last step only
+        (5399, {}),  # 2 and one more
+        (7199, dict(keep=0)),  # steps 5, 10, 15, 20
+        (3599, dict(keep=1)),
+        (1799, dict(steps=3)),  # the last step only
     ]
     for free, flags in too_much:
         with pytest.raises(SystemExit, match="cannot hold this run's checkpoints.*--keep 1"):
@@ -469,17 +473,18 @@ def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
     for step in (5, 10):  # both are there: one more while the next is saved, or none to come
         (tmp_path / f"checkpoint-{step}" / "trainer").mkdir(parents=True)
         (tmp_path / f"checkpoint-{step}" / "trainer" / "state.json").touch()
-    check(2000)
+    check(1800)
     check(0, steps=10)
     with pytest.raises(SystemExit, match="2 are there"):
-        check(1999)
+        check(1799)
 
 
 def test_a_checkpoint_is_as_large_as_was_said(finished):
     out, stdout = finished
-    shape = shape_of(out / "checkpoint-6")
+    cfg = Config(**json.loads((out / "config.json").read_text())["config"])
+    shape = shape_of(out / "checkpoint-6", cfg)
     size = sum(f.stat().st_size for f in (out / "checkpoint-6").rglob("*") if f.is_file())
-    assert checkpoint.bytes_of(shape.parameters()) == pytest.approx(size, rel=0.1)
+    assert checkpoint.bytes_of(shape.parameters(), cfg) == pytest.approx(size, rel=0.1)
     assert re.search(r"checkpoints: 0.0\d+ GB each, at most 3 at a time", stdout)
 
 
