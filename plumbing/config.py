@@ -6,6 +6,7 @@ A run's settings are laid over each other, the later one winning:
     papo.ALGORITHMS    the algorithm, and --objective paper
     MODELS             the model
     papo.ALGORITHMS    its rows for this model, and for --no_ref_kl
+    CARDS              --card; and with LoRA another learning rate
     flags              what was given on the command line
 
 The object that comes out is the one that is used, logged, and compared on a resume.
@@ -226,7 +227,13 @@ class Config:
         False, "responses cut off at max_response_tokens are left out of the loss"
     )
 
-    # LoRA; see plumbing/lora.py.
+    # LoRA, see plumbing/lora.py; and a small card.
+    card: str = knob(
+        "",
+        "settings with which one card of this memory trains Qwen2.5-VL-3B: LoRA, shorter "
+        "responses, smaller pictures and a smaller batch",
+        lambda: list(CARDS),
+    )
     lora_rank: int = knob(
         0,
         "r: adapters of this rank on the language model's linear layers are trained, and nothing "
@@ -236,7 +243,7 @@ class Config:
     lora_alpha: float = knob(32.0, "what the adapters add is weighed with lora_alpha / r", above=0)
 
     # The optimiser.
-    lr: float = knob(1e-6, "learning rate", above=0)
+    lr: float = knob(1e-6, "learning rate; default with LoRA: ten times as much", above=0)
     warmup_updates: int = knob(
         0, "updates over which the learning rate rises to lr; the first is never 0", low=0
     )
@@ -388,6 +395,30 @@ MODELS = {
     # A folder of toy/kinds.py, or what was trained from it; at 2e-4 ten steps are all there is.
     "kinds": TINY | dict(lr=5e-5),
 }
+# What fits a card; laid over the model's row. A quarter of the paper's batch, and three updates a
+# step as there. A group of five responses and its prompt fit into one pass.
+CARDS = {
+    "24gb": dict(
+        lora_rank=16,
+        prompts_per_step=96,
+        prompts_per_update=32,
+        prompts_per_round=32,
+        max_prompt_tokens=2048,
+        max_response_tokens=1024,
+        max_pixels=640 * 28 * 28,
+        tokens_per_forward=8192,
+        activation_checkpointing=True,
+        sleep=2,
+        gpu_memory_utilization=0.5,
+    ),
+}
+
+
+def lora_rate(lr):
+    """LoRA's learning rate where full training's is lr: ten times as much, as Schulman et al. find
+    for supervised and reinforcement learning alike ("LoRA Without Regret", Thinking Machines Lab,
+    2025), and as the toy does on `val`."""
+    return float(f"{10 * lr:g}")
 
 
 def preset_of(model, data):
@@ -438,6 +469,9 @@ def resolve(flags, cuda):
         if row == preset:
             settings |= MODELS[preset]
         settings |= ALGORITHMS.get(f"*/{row}", {}) | ALGORITHMS.get(f"{algo}/{row}", {})
+    settings |= CARDS.get(flags.get("card"), {})
+    if (settings | flags).get("lora_rank"):
+        settings["lr"] = lora_rate(settings.get("lr", Config.lr))
     settings |= flags
     if settings.get("masked_grad") or settings.get("perception") == "exact":
         settings.setdefault("recompute_masked", True)

@@ -45,9 +45,10 @@ def opening(cfg, why):
         ": responses come from the nucleus, log-probs and ratios are those of the whole "
         "distribution"
     )
+    lora = f", LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else ""
     return (
         f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
-        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, output {cfg.out}\n"
+        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}{lora}, output {cfg.out}\n"
         f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p "
         f"{cfg.top_p}{nucleus if cfg.top_p < 1 else ''}"
     )

@@ -10,7 +10,7 @@ import torch
 
 from plumbing.checkpoint import check_space
 from plumbing.common import fail
-from plumbing.config import MODELS, Config, borrow, knob, preset_of
+from plumbing.config import MODELS, Config, borrow, knob, lora_rate, preset_of
 from plumbing.console import doing, say
 from plumbing.conversations import Conversations, encode_conversation
 from plumbing.data import Stream
@@ -132,7 +132,10 @@ def resolve(flags, cuda):
     flags["recipe"] = flags.get("recipe") or ("toy" if flags["data"] == "toy" else "fine_r1")
     known = {f.name for f in fields(SftConfig)} - {"steps"}
     shared = {name: value for name, value in MODELS[preset].items() if name in known}
-    return SftConfig(**shared | RECIPES[flags["recipe"]] | flags)
+    settings = shared | RECIPES[flags["recipe"]]
+    if flags.get("lora_rank"):
+        settings["lr"] = lora_rate(settings["lr"])
+    return SftConfig(**settings | flags)
 
 
 @dataclass(frozen=True)
