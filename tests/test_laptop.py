@@ -155,3 +155,27 @@ def test_two_stages_on_fine_grained_kinds(tmp_path):
     assert "| TAPO above DAPO | seen, open | confirmed | +20.0 points (+20.0 .. +20.0) |" in page
     fine_grained.figure(results, tmp_path / "val.png")
     assert (tmp_path / "val.png").stat().st_size > 1000
+
+
+def test_lora_is_held_against_full_training_and_against_no_training():
+    """One line a method that has runs, what its own rank trains, and the right verdicts."""
+    import lora
+
+    runs, seeds = laptop.Runs("/nowhere"), laptop.SEEDS
+    levels = {"--algo papo_g": 0.8, "--algo papo_g --lora_rank 16": 0.7}
+    for flags, level in levels.items():
+        for seed in seeds:
+            split = {"accuracy": level + 0.001 * seed, "followed": 0.1}
+            runs.done[flags, seed] = {
+                "before": dict.fromkeys(("vision", "general"), {"accuracy": 0.5}),
+                "after": dict.fromkeys(("vision", "general"), split),
+                "seconds": 60,
+                "config": {"steps": 30},
+            }
+    lines = lora.page(runs, seeds, None).splitlines()
+    full, adapters = ([c.strip() for c in line.split("|")[1:-1]] for line in lines[-2:])
+    assert (full[0], adapters[0]) == ("PAPO_G", "PAPO_G, LoRA")
+    assert (full[2], adapters[2]) == ("858,176", "131,072")
+    assert adapters[6].startswith("+20.3 points") and adapters[7] == "confirmed"
+    assert adapters[8].startswith("-10.0 points") and adapters[9] == "contradicted"
+    assert full[8] == "" and full[-1] == "5"

@@ -296,8 +296,8 @@ def test_settings_with_lora_and_on_a_small_card():
     with pytest.raises(SystemExit, match="--lora_rank -1: must not be negative"):
         check(resolve({"lora_rank": -1}, False)[0], 1, False)
     # 3.75 billion frozen parameters, 30 million trained: 7.5, 0.6 and 20 GB of room.
-    assert sleep_level(30e6, 1, False, 80e9, 0.5, frozen=3.75e9) == 0
-    assert sleep_level(30e6, 1, False, 48e9, 0.5, frozen=3.75e9) == 2
+    assert sleep_level(30e6, 3.75e9, 1, 80e9, small) == 0
+    assert sleep_level(30e6, 3.75e9, 1, 48e9, small) == 2
 
 
 # -------------------------------------------------------------------------- the real commands
