@@ -19,6 +19,7 @@ from plumbing.checkpoint import whole  # noqa: E402
 from plumbing.common import pyplot  # noqa: E402
 from plumbing.config import Config  # noqa: E402
 from plumbing.data import encode  # noqa: E402
+from plumbing.drawing import write_words  # noqa: E402
 from plumbing.samples import look, words  # noqa: E402
 from plumbing.setup import setup  # noqa: E402
 from toy.task import FAMILIES  # noqa: E402
@@ -73,13 +74,8 @@ def main():
         question = example.problem.removeprefix("<image> ")
         axis.text(26, 10, f"{question}   [{example.answer}]", fontsize=9, weight="bold")
         for a, (algo, found) in enumerate(answered):
-            x, y = 35, 6 - 4 * a
-            axis.text(26, y, algo, fontsize=9)
-            for word, _, shade in found[q][1]:
-                box = dict(facecolor=(1, 0.55, 0, shade), edgecolor="none", pad=1.2)
-                text = word.strip()
-                axis.text(x, y, text, fontsize=9, family="monospace", bbox=box)
-                x += 0.92 * (len(text) + 1)
+            axis.text(26, 6 - 4 * a, algo, fontsize=9)
+            write_words(axis, 35, 6 - 4 * a, found[q][1])
     figure.savefig(args.out, dpi=90)
     print(f"written: {args.out}")
 

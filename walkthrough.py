@@ -1,0 +1,925 @@
+"""PAPO in ninety minutes, for a class with laptops: read a cell, run it, do the exercise.
+
+    pip install -r requirements-cpu.txt
+    python walkthrough.py          # every cell in turn; the pictures go to out/walkthrough/
+
+walkthrough.ipynb holds the same cells with their outputs (`python -m plumbing.notebook` makes it).
+"""
+
+# %% [markdown]
+# # PAPO in ninety minutes
+#
+# A vision-language model is asked a question about a picture. It can answer because it has looked,
+# or because it has guessed from the words of the question. If the answer happens to be right, the
+# usual reward is the same for both. PAPO ([arXiv 2507.06448](https://arxiv.org/abs/2507.06448))
+# adds a reason to look.
+#
+# | minutes | section |
+# |---|---|
+# | 0-10 | 1. The task and its shortcut |
+# | 10-20 | 2. Rollouts, reward, advantage |
+# | 20-30 | 3. The masked picture |
+# | 30-45 | 4. The policy with and without the picture |
+# | 45-60 | 5. The loss by hand |
+# | 60-70 | 6. The objective |
+# | 70-85 | 7. Training |
+# | 85-90 | 8. What the paper says, and what we found |
+#
+# Every cell calls the code of this project, the code that trains large models too. Each section
+# ends with an exercise. Write your answer into the empty cell below it before you open ours.
+#
+# You need no GPU, and after `pip install -r requirements-cpu.txt` no network. On a laptop with two
+# cores all cells together take about ten minutes.
+
+# %%
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this lesson is made for the CPU of a laptop
+
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+from transformers import Dinov2Config, Dinov2Model
+
+import papo
+from eval import evaluate_splits
+from loss import exact_entropy, exact_kl, k3, printed_kl, sampled_entropy
+from masking import MASKS, Masker
+from plumbing.checkpoint import Progress
+from plumbing.common import generator
+from plumbing.config import resolve
+from plumbing.data import encode
+from plumbing.drawing import board, show, write_words
+from plumbing.families import to_picture
+from plumbing.policy import Scores, score_only
+from plumbing.samples import words
+from plumbing.setup import setup
+from reward import score
+from toy.task import COLOURS, SHAPES, make
+from train import train_step
+
+# %% [markdown]
+# The settings are those of `torchrun train.py --algo papo_g` on the toy. `FAST` is for the test of
+# this file: the same cells, with a policy that has hardly learned anything.
+#
+# The last line starts the *warm start* in the background. It is a short supervised training that
+# teaches a tiny Qwen2.5-VL with random weights to read pictures, as pretraining does for a large
+# model. It takes about two minutes, and only once: its result is kept in `~/.cache/papo`.
+
+# %%
+FAST = bool(os.environ.get("WALKTHROUGH_FAST"))
+SIZE = dict(eval_questions=128)
+if FAST:
+    SIZE = dict(warm_steps=60, steps=2, prompts_per_step=4, prompts_per_update=4, eval_questions=8)
+
+
+def settings(**flags):
+    """What train.py would use with these flags -> Config"""
+    return resolve({"model": "toy", "sampler": "hf", **SIZE, **flags}, cuda=False)[0]
+
+
+cfg = settings(algo="papo_g")
+learn = f"from toy.lessons import build; build({cfg.warm_steps}, trust={cfg.trust})"
+here = Path(papo.__file__).parent
+warm_start = subprocess.Popen([sys.executable, "-c", learn], cwd=here)
+
+# %% [markdown]
+# ## 1. The task and its shortcut (minutes 0-10)
+#
+# A picture is a board of 2 x 2 cells with coloured shapes. `a1` is the cell at the top left, `b1`
+# the one to its right, `a2` the one below `a1`. There are four families of questions: how many,
+# what is at, which are more, how many together.
+#
+# Each question comes with a hint, *a friend says 3*. In training the hint is right four times out
+# of five (green below), otherwise it is a plausible wrong answer (red).
+
+# %%
+figure, axes = plt.subplots(2, 4, figsize=(11, 4.2), layout="constrained")
+for i, axis in enumerate(axes.flat):
+    example, response, cells = make(cfg.seed, "train", i, cfg.hint_right)
+    hint, question = example.problem.removeprefix("<image> ").split(" . ")
+    colour = "green" if example.tags["hint_right"] else "red"
+    board(axis, example.images[0], f"{hint}\n{question}\nanswer: {example.answer}", color=colour)
+show("1-task")
+print("what a perfect policy says of the last one:\n   ", response)
+
+# %% [markdown]
+# The policy thinks first, between `<think>` and `</think>`. There it writes down what it reads off
+# the picture. Then it puts the answer into a box. We shall see in section 4 why this helps us to
+# tell a look from a guess.
+#
+# The test pictures are never trained on. In the split `val` the hint is the answer to the same
+# question about *another* picture, so it says nothing about this one.
+
+# %%
+n = 200 if FAST else 3000
+splits = ("train", "val")
+drawn = {s: [make(cfg.seed, s, i, cfg.hint_right)[0] for i in range(n)] for s in splits}
+for split, examples in drawn.items():
+    right = sum(example.tags["hint_right"] for example in examples) / n
+    print(f"{split}: the hint is right in {right:.0%} of the questions")
+
+# %% [markdown]
+# **Exercise 1.** How well can one do blind, that is, without the picture? Write down two ways to
+# answer from the words alone, and guess for each how often it is right in `train` and in `val`.
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# One way is to repeat the hint. That is right four times out of five in `train`, and less than half
+# of the time in `val`. The other way is to learn by heart which answer each question has most
+# often. That is right in less than half of the cases in both splits, but it holds in both.
+#
+# So a policy that repeats the hint gets four fifths of the reward without a look. Most of its
+# rollouts are right, and reinforcement learning makes likelier whatever was right. This is the
+# shortcut.
+#
+# ```python
+# from collections import Counter
+#
+#
+# def question_of(example):
+#     return example.problem.split(" . ")[1]
+#
+#
+# answers = defaultdict(Counter)
+# for example in drawn["train"]:
+#     answers[question_of(example)][example.answer] += 1
+# by_heart = {q: counted.most_common(1)[0][0] for q, counted in answers.items()}
+#
+#
+# def accuracy(guess, split):
+#     return sum(guess(e) == e.answer for e in drawn[split]) / len(drawn[split])
+#
+#
+# blind = {
+#     name: [accuracy(guess, split) for split in splits]
+#     for name, guess in {
+#         "repeat the hint": lambda e: e.tags["hint"],
+#         "learn answers by heart": lambda e: by_heart.get(question_of(e)),
+#     }.items()
+# }
+# print(blind)
+# assert blind["repeat the hint"][0] > 0.7 and blind["repeat the hint"][1] < 0.5
+# assert blind["learn answers by heart"][0] < 0.6 and blind["learn answers by heart"][1] < 0.5
+# ```
+#
+# </details>
+#
+# While you think, the warm start goes on. This cell waits for it, but not longer than a minute and
+# a half; the next section waits for the rest.
+
+# %%
+for _ in tqdm(range(90), "warm start", unit="s"):
+    if warm_start.poll() is not None:
+        break
+    time.sleep(1)
+
+# %% [markdown]
+# ## 2. Rollouts, reward, advantage (minutes 10-20)
+#
+# A *rollout* is a group of $G = 8$ responses that the policy samples to one prompt. A rule gives
+# each response its reward: 0.9 if the answer is right, and 0.1 if the form is (`reward.py`). The
+# *advantage* of response $i$ compares it with its own group (`papo.group_advantages`):
+#
+# $$A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R)}$$
+#
+# `setup` builds all parts of a training run: the policy, its frozen copy from before training (the
+# *reference*), the sampler, the masker, the grader and the stream of training prompts.
+
+# %%
+warm_start.wait()
+parts = setup(cfg)
+tok, image_processor = parts.processors
+
+
+def roll_out(prompt, name):
+    """G responses to one prompt, and their scores -> (Rollout, list of G dicts)"""
+    rollout = parts.sampler.generate([prompt], cfg.group_size, [(cfg.seed, "walk", name)])[0]
+    return rollout, score(rollout.texts, [prompt.example.answer] * cfg.group_size, parts.grader)
+
+
+for position in range(40):  # look for a group in which some responses are right and some wrong
+    prompt = parts.stream[position]
+    rollout, scores = roll_out(prompt, position)
+    right = torch.tensor([s["accuracy"] for s in scores])  # (G,)
+    mixed = papo.difficulty(right, cfg.filter_low, cfg.filter_high) == "informative"
+    if mixed and not prompt.example.tags["hint_right"]:
+        break
+
+rewards = torch.tensor([s["overall"] for s in scores])  # (G,)
+advantages = papo.group_advantages(rewards)  # (G,)
+print(prompt.example.problem, "  answer:", prompt.example.answer)
+for text, reward, advantage in zip(rollout.texts, rewards, advantages):
+    print(f"  {reward:.1f}  {advantage:+.2f}  {text}")
+
+# %%
+figure, (left, middle, last) = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+board(left, prompt.example.images[0], prompt.example.problem.removeprefix("<image> "))
+middle.bar(range(1, cfg.group_size + 1), rewards, color="C0")
+middle.set(title="reward", xlabel="response", ylim=(0, 1.05))
+last.bar(
+    range(1, cfg.group_size + 1), advantages, color=["C2" if a > 0 else "C3" for a in advantages]
+)
+last.axhline(0, color="black", linewidth=0.8)
+last.set(title="advantage", xlabel="response")
+show("2-group")
+
+# %% [markdown]
+# Look at the right responses. Some of them have read the picture. Where the hint is right, a
+# response that only repeats it has the same reward, and then the same advantage: the policy
+# gradient cannot tell the two apart.
+#
+# **Exercise 2.** In many groups all rewards are equal: the question is so easy that all eight
+# responses are right, or so hard that all are wrong. Which advantages does such a group have? Which
+# terms of the objective still train on it?
+#
+# $$J = \mathrm{mean}\{\min(\rho A, \mathrm{clip}(\rho) A) - \beta\,\mathrm{KL}(\pi\|\pi_{ref})
+# + \gamma\,\mathrm{KL}(\pi\|\pi_{mask}) - \eta_1 H[\pi] - \eta_2 H[\pi_{mask}]\}$$
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Every reward is the mean, so every advantage is 0, and the policy term has no gradient. All other
+# terms are there as before. So PAPO's perception term also learns from questions that are too easy
+# or too hard for the reward. (DAPO and PAPO_D throw such groups away and draw others, Eq. (3).)
+#
+# ```python
+# equal = papo.group_advantages(torch.full((8,), 0.9))
+# assert not equal.any()
+# rows = parts.policy.pack([prompt], [rollout.tokens])
+# rows.masked_pixels = parts.masker(prompt, generator("exercise 2"))
+#
+#
+# def gradient_norm(gamma):
+#     """Of a group with equal rewards, with the other weights at 0."""
+#     seen = parts.policy(rows, rows.pixels)
+#     masked = score_only(parts.policy, rows, rows.masked_pixels)
+#     said = papo.LogProbs(seen, seen.logp.detach(), seen.logp.detach(), masked)
+#     N = papo.Denominators(int(rows.scored.sum()), cfg.group_size)
+#     alone = replace(cfg, gamma=gamma, beta=0.0, eta1=0.0, eta2=0.0)
+#     there = torch.tensor([True])
+#     loss, _ = papo.objective(said, equal[None], rows.scored, there, N, alone)
+#     grads = torch.autograd.grad(loss, list(parts.policy.parameters()))
+#     return math.sqrt(sum((g**2).sum().item() for g in grads))
+#
+#
+# norms = {gamma: gradient_norm(gamma) for gamma in (0.0, cfg.gamma)}
+# print(norms)
+# assert norms[0.0] == 0 and norms[cfg.gamma] > 0
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 3. The masked picture (minutes 20-30)
+#
+# PAPO needs to know what the policy would say if it saw less. So a second picture is made from the
+# first: it is cut into small squares, the *patches* that the vision tower reads, and each patch is
+# blackened with probability $p$, independently of the others (`masking.py`). The paper's $p$ is
+# 0.6.
+#
+# The board is drawn larger here, so that there are 16 x 16 patches to see.
+
+# %%
+example = drawn["train"][0]
+large = replace(example, images=[example.images[0].resize((224, 224))])
+picture = encode(large, tok, image_processor)  # picture.pixels: (patches, numbers in a patch)
+
+
+def masked_as(mask, ratio=cfg.mask_ratio, name="walk", **flags):
+    """I_mask of the large picture -> (H, W, 3) uint8, or None for no picture at all"""
+    kind = replace(cfg, mask=mask, mask_ratio=ratio, mask_unit="patch", **flags)
+    pixels = Masker(kind, image_processor)(picture, generator(name))
+    return None if pixels is None else to_picture(pixels, picture.grid[0], image_processor)
+
+
+figure, axes = plt.subplots(1, 4, figsize=(10, 2.8), layout="constrained")
+for axis, p in zip(axes, (0, 0.3, 0.6, 1)):
+    board(axis, masked_as("random", p), f"random, p = {p}")
+show("3-ratios")
+
+# %% [markdown]
+# There are other kinds. `raw` blackens squares of the original picture, before it is resized: here
+# the 56 x 56 board, so its squares are four times as large. `noise` adds Gaussian noise; the paper
+# rejects it, and you can see why. `contrast` is another picture from the data, and `absent` is no
+# picture at all.
+#
+# `semantic` blackens what the vision model DINOv2 attends to most (`plumbing/saliency.py`, Eq. (4)
+# to (6)). Its weights would have to be downloaded, so the DINOv2 here has *random* weights. It
+# shows how many patches are chosen, and that no luck is involved, but not that they are chosen
+# well.
+
+# %%
+torch.manual_seed(0)
+size = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, image_size=224)
+folder = tempfile.mkdtemp()
+Dinov2Model(Dinov2Config(**size, patch_size=14, initializer_range=0.4)).save_pretrained(folder)
+
+figure, axes = plt.subplots(1, len(MASKS), figsize=(11, 2.3), layout="constrained")
+for axis, mask in zip(axes, MASKS):
+    board(axis, masked_as(mask, semantic_model=folder), mask)
+show("3-kinds")
+
+# %% [markdown]
+# **Exercise 3.** A black patch is not a row of zeros for the vision tower. Why not? What would one
+# see if a masked patch were all zeros?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The vision tower reads normalised numbers, (x - mean) / std for each colour channel, where x is 0
+# for black and 1 for white. So black is -mean / std (`masking.black_row`), and zero is the mean
+# colour of the pictures that the model was trained on: a grey. A patch of zeros would be a grey
+# patch, which a model may take for something that is there.
+#
+# ```python
+# zeros = to_picture(torch.zeros_like(picture.pixels), picture.grid[0], image_processor)
+# black = masked_as("random", 1.0)
+# print("zeros:", zeros[0, 0].tolist(), " black:", black[0, 0].tolist())
+# assert not black.any() and 90 < zeros.float().mean() < 130
+# again = [masked_as("semantic", name=draw, semantic_model=folder) for draw in ("one", "two")]
+# assert torch.equal(*again)  # no luck is involved
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 4. The policy with and without the picture (minutes 30-45)
+#
+# Now the heart of the method. The same policy scores the same response twice: on the picture
+# ($\pi_\theta$) and on the masked picture ($\pi_{mask}$). For token $o_t$ these are
+#
+# $$\log \pi_\theta(o_t \mid q, I, o_{<t}) \qquad
+# \log \pi_{mask}(o_t \mid q, I_{mask}, o_{<t})$$
+#
+# All responses of a group stand in one row behind their prompt, which is computed once
+# (`plumbing/packing.py`). Both branches see the beginning $o_{<t}$ of the response.
+
+
+# %%
+def score_twice(prompt, rollout):
+    """-> (packed rows, log pi_theta, log pi_mask), (1, G, R) each"""
+    rows = parts.policy.pack([prompt], [rollout.tokens])
+    rows.masked_pixels = parts.masker(prompt, generator("walk mask", prompt.example.id))
+    seen = score_only(parts.policy, rows, rows.pixels)
+    masked = score_only(parts.policy, rows, rows.masked_pixels)
+    return rows, seen.logp, masked.logp
+
+
+rows, logp, masked = score_twice(prompt, rollout)
+shown = int(advantages.argmax())  # the response with the highest reward
+said = words(rollout.tokens[shown], None, tok)  # (text, nats, shade) of each token
+for (word, _, _), seen_t, masked_t in zip(said, logp[0, shown], masked[0, shown]):
+    print(f"{word.strip():>12}   pi_theta {seen_t.exp():.3f}   pi_mask {masked_t.exp():.3f}")
+
+# %% [markdown]
+# Where the two differ, the picture mattered. The number that PAPO uses for the difference is
+# $k_3$, one value a token (`loss.k3`), and its mean is KL_prcp:
+#
+# $$k_3 = e^{d} - d - 1, \qquad d = \log \pi_{mask}(o_t) - \log \pi_\theta(o_t)$$
+#
+# Below, four questions of `val` whose hint is wrong, one of each family: the picture, the masked
+# picture, and one response. The darker a word, the larger its $k_3$ (full orange: 3 nats or more).
+
+# %%
+wrong = [e for e in drawn["val"] if not e.tags["hint_right"]]
+figure, axes = plt.subplots(4, 1, figsize=(11, 5), layout="constrained")
+for axis, example in zip(axes, {e.tags["family"]: e for e in wrong}.values()):
+    p = encode(example, tok, image_processor)
+    sampled, scores = roll_out(p, example.id)
+    g = max(range(cfg.group_size), key=lambda i: scores[i]["overall"])
+    rows, seen_logp, masked_logp = score_twice(p, sampled)
+    kl, _ = k3(seen_logp, masked_logp, cfg.kl_clamp)  # (1, G, R)
+    axis.set(xlim=(0, 110), ylim=(0, 12.5))
+    axis.axis("off")
+    for k, pixels in enumerate((rows.pixels, rows.masked_pixels)):
+        shown_picture = to_picture(pixels, p.grid[0], image_processor)
+        axis.imshow(shown_picture, extent=(12 * k, 12 * k + 11, 0.5, 11.5), aspect="auto")
+    asked = example.problem.removeprefix("<image> ")
+    axis.text(26, 8.5, f"{asked}   [{example.answer}]", fontsize=9, weight="bold")
+    write_words(axis, 26, 3.5, words(sampled.tokens[g], kl[0, g].tolist(), tok), size=8)
+show("4-heat-map")
+
+# %% [markdown]
+# **Exercise 4.** Which words glow, and why those? Look at four kinds of words: the form (`<think>`,
+# `\boxed{`, ...), the first word of the thought, the numbers, colours and shapes behind it, and the
+# answer in the box.
+#
+# Then measure it: the next cell adds $k_3$ up by the kind of word, over many responses.
+
+
+# %%
+def kind_of(texts, t):
+    """Which of the four kinds token t of a response is, or a fifth: the signs between the facts."""
+    if texts[t] in ("<think>", "</think>", "\\boxed{", "}", "<|im_end|>"):
+        return "form"
+    if texts[t - 1] == "<think>":
+        return "first word"
+    if texts[t - 1] == "\\boxed{":
+        return "answer"
+    return "fact" if texts[t] in {*COLOURS, *SHAPES} or texts[t].isdigit() else "sign"
+
+
+by_kind = defaultdict(list)
+for example in wrong[: 4 if FAST else 40]:
+    p = encode(example, tok, image_processor)
+    sampled, _ = roll_out(p, example.id)
+    _, seen_logp, masked_logp = score_twice(p, sampled)
+    kl, _ = k3(seen_logp, masked_logp, cfg.kl_clamp)
+    for g, tokens in enumerate(sampled.tokens):
+        texts = tok.convert_ids_to_tokens(tokens)
+        for t in range(len(texts)):
+            by_kind[kind_of(texts, t)].append(kl[0, g, t].item())
+
+mean_kl = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+plt.figure(figsize=(6, 2.6), layout="constrained")
+plt.bar(mean_kl.keys(), mean_kl.values(), color="darkorange")
+plt.ylabel("mean k3, nats")
+show("4-kinds-of-words")
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Facts glow: they are read off cells that the mask hides. The first word glows too: there the
+# policy decides to look (it names a colour, a shape or a cell) or to repeat the hint (*a friend
+# says*), and without the picture it prefers the hint. The form hardly glows, since it is the same
+# for every picture.
+#
+# The answer in the box hardly glows either, although everything depends on it. It is copied from
+# the thought, and $\pi_{mask}$ can read the thought as well: it is part of $o_{<t}$. So PAPO trains
+# the words that do the looking, and leaves the arithmetic to the reward.
+#
+# ```python
+# assert set(mean_kl) >= {"form", "first word", "fact"}
+# if not FAST:  # the policy of the test has hardly learned to see
+#     assert mean_kl["fact"] > 5 * mean_kl["form"]
+#     assert mean_kl["first word"] > 5 * mean_kl["form"]
+#     assert mean_kl["answer"] < mean_kl["fact"] / 2
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 5. The loss by hand (minutes 45-60)
+#
+# How should one estimate KL($\pi\|\pi_{mask}$) from a single sampled token? With
+# $r = \pi(o) / \pi_{mask}(o)$ there are three candidates:
+#
+# | name | value | where it comes from |
+# |---|---|---|
+# | log-ratio | $\log r$ | the definition of the KL |
+# | k3 | $1/r + \log r - 1$ | the released code (`loss.k3`) |
+# | printed | $r - \log r - 1$ | section 3.2 of the paper (`loss.printed_kl`) |
+#
+# The left picture shows their values, the right one their slopes in $\log \pi(o)$: how hard each
+# pushes the token up or down. On the right of a picture are tokens that the image made likelier.
+
+# %%
+log_r = torch.linspace(-3, 3, 121)
+logp_of_one = torch.zeros_like(log_r, requires_grad=True)
+estimators = {"log-ratio": log_r + logp_of_one}
+estimators["k3"], _ = k3(logp_of_one, -log_r, clamp=0)
+estimators["printed"], _ = printed_kl(logp_of_one, -log_r, clamp=0)
+
+figure, (values, slopes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for name, value in estimators.items():
+    slope = torch.autograd.grad(value.sum(), logp_of_one, retain_graph=True)[0]
+    values.plot(log_r, value.detach(), label=name)
+    slopes.plot(log_r, slope, label=name)
+values.set(title="value", xlabel="log r", ylim=(-3, 6))
+slopes.set(title="slope in log pi", xlabel="log r", ylim=(-6, 6))
+for axis in (values, slopes):
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend()
+show("5-estimators")
+
+# %% [markdown]
+# All that a real policy does is choose among tokens. So let us take a policy over *six* tokens. An
+# expectation is then a sum of six numbers, and nothing has to be sampled:
+#
+# $$E_\pi[f] = \sum_o \pi(o) f(o)$$
+#
+# The question is how many red objects there are. With the picture the policy says 3. Without it, it
+# repeats the hint, 5.
+
+# %%
+tokens = ["3", "5", "red", "same", "circle", "}"]
+pi = torch.tensor([0.60, 0.10, 0.10, 0.08, 0.07, 0.05], dtype=torch.float64)
+pi_mask = torch.tensor([0.15, 0.55, 0.10, 0.08, 0.05, 0.07], dtype=torch.float64)
+logits = pi.log().requires_grad_()  # softmax of these logits is pi
+log_mask = pi_mask.log()  # fixed: the masked branch has no gradient
+
+
+def expected(f):
+    """E_pi[f]; pi stands for how often a token is sampled, which has no gradient."""
+    return (pi * f).sum()
+
+
+def gradient(value):
+    """In the logits, (6,)"""
+    return torch.autograd.grad(value, logits)[0]
+
+
+log_pi = logits.log_softmax(-1)
+released = expected(k3(log_pi, log_mask, clamp=0)[0])
+printed = expected(printed_kl(log_pi, log_mask, clamp=0)[0])
+log_pi = logits.log_softmax(-1)
+kl, _ = exact_kl(log_pi, log_mask)  # KL(pi || pi_mask)
+other_kl = exact_kl(log_mask, logits.log_softmax(-1))[0]  # KL(pi_mask || pi)
+print(f"mean of k3       {released:.4f}      KL(pi || pi_mask) {kl:.4f}")
+print(f"mean of printed  {printed:.4f}      KL(pi_mask || pi) {other_kl:.4f}")
+
+# %% [markdown]
+# The mean of k3 *is* the KL that the paper names; the printed form is something else. But training
+# does not use the mean. It uses the gradient of each sampled token. Here is what the gradient of
+# k3 is on average, beside the gradients of the two directions of the KL.
+
+# %%
+pushes = {
+    "E[grad k3], as released": gradient(released),
+    "grad KL(pi || pi_mask)": gradient(kl),
+    "grad KL(pi_mask || pi)": gradient(other_kl),
+}
+figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+for i, (name, push) in enumerate(pushes.items()):
+    axis.bar(torch.arange(6) + 0.27 * (i - 1), push, width=0.25, label=name)
+axis.set_xticks(range(6), tokens)
+axis.axhline(0, color="black", linewidth=0.8)
+axis.set(title="how each token's logit is pushed when the term is maximised")
+axis.legend()
+show("5-gradients")
+
+# %% [markdown]
+# The released loss has the value of one KL and follows the gradient of the *other* one. This comes
+# from the sampling: the tokens come from $\pi$, and how often they come has no gradient.
+#
+# The entropies hold the second surprise. The released code lowers $-\log\pi$ of the sampled token,
+# whose mean is the entropy. Here is its expected gradient, beside that of the true entropy.
+
+# %%
+log_pi = logits.log_softmax(-1)
+sampled = gradient(expected(sampled_entropy(log_pi)))
+exact = gradient(exact_entropy(logits.log_softmax(-1)))
+print("E[grad of the sampled entropy] ", [f"{x:+.4f}" for x in sampled.tolist()])
+print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
+
+# %% [markdown]
+# **Exercise 5.** (a) Work out E[grad k3] in the logits with pencil and paper: the slope of k3 in
+# $\log\pi(o)$ is $1 - 1/r$, and the gradient of $\log\pi(o)$ in logit $v$ is $[o = v] - \pi(v)$.
+# (b) Swap the two policies, as the printed form does. What is its expected gradient?
+# (c) Why is the expected gradient of the sampled entropy zero?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# (a) $\sum_o \pi(o) (1 - \pi_{mask}(o)/\pi(o)) ([o = v] - \pi(v)) = \pi(v) - \pi_{mask}(v)$.
+# Maximising it moves away from what the blind policy says, token by token. It never asks whether a
+# token is true: a token without meaning gets away from the blind policy as well as a true one does.
+# That is how a large gamma destroys a policy (section 7).
+#
+# (b) The slope of the printed form is $r - 1$, which gives $\pi(v)\,(r(v) - E_\pi[r])$. It grows
+# with r without bound, so one token that the image made very likely can rule the update.
+#
+# (c) $\sum_o \pi(o) \nabla \log\pi(o) = \sum_o \nabla\pi(o) = \nabla 1 = 0$. In a real run the term
+# is not quite without effect: after the first update the tokens come from an older policy, and
+# `--top_p 0.99` cuts off rare tokens.
+#
+# ```python
+# p, m = pi.tolist(), pi_mask.tolist()
+#
+#
+# def by_hand(slope):
+#     """sum_o pi(o) slope(o) ([o = v] - pi(v)) for each of the six tokens v"""
+#     return [sum(p[o] * slope(o) * ((o == v) - p[v]) for o in range(6)) for v in range(6)]
+#
+#
+# hand_k3 = by_hand(lambda o: 1 - m[o] / p[o])
+# hand_printed = by_hand(lambda o: p[o] / m[o] - 1)
+# mean_r = sum(p[o] * p[o] / m[o] for o in range(6))
+# for v in range(6):
+#     assert math.isclose(hand_k3[v], p[v] - m[v], abs_tol=1e-12)
+#     assert math.isclose(hand_printed[v], p[v] * (p[v] / m[v] - mean_r), abs_tol=1e-12)
+# again = gradient(expected(printed_kl(logits.log_softmax(-1), log_mask, clamp=0)[0]))
+# assert torch.allclose(again, torch.tensor(hand_printed, dtype=torch.float64), atol=1e-12)
+# assert torch.allclose(pushes["E[grad k3], as released"], pi - pi_mask, atol=1e-12)
+# assert torch.allclose(pushes["grad KL(pi_mask || pi)"], pi - pi_mask, atol=1e-12)
+# assert math.isclose(released.item(), kl.item())
+# assert not math.isclose(printed.item(), kl.item(), rel_tol=0.05)
+# assert sampled.abs().max() < 1e-12 and exact.abs().max() > 0.01
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 6. The objective (minutes 60-70)
+#
+# `papo.objective` adds the terms up, over all tokens of a batch at once. To see that there is
+# nothing more to it, we write it a second time, for one token, with plain Python numbers.
+#
+# All weights are on here, gamma and beta as in the toy's runs, and both etas at 0.03.
+
+# %%
+all_on = replace(cfg, eta1=0.03, eta2=0.03)
+
+
+def clip(x, low, high):
+    return max(low, min(x, high))
+
+
+def terms_of(logp, old, ref, masked, A):
+    """Minus the terms of J for one token -> {term: its part of the loss}"""
+    rho = math.exp(logp - old)
+    policy = -min(rho * A, clip(rho, 1 - all_on.clip_low, 1 + all_on.clip_high) * A)
+    if A < 0:
+        policy = min(policy, -all_on.dual_clip * A)
+    KL_ref = math.exp(ref - logp) - (ref - logp) - 1
+    KL_prcp = math.exp(masked - logp) - (masked - logp) - 1
+    return {
+        "policy": policy,
+        "beta KL_ref": all_on.beta * min(KL_ref, all_on.kl_clamp),
+        "- gamma KL_prcp": -all_on.gamma * min(KL_prcp, all_on.kl_clamp),
+        "eta1 H": all_on.eta1 * -logp,
+        "eta2 H_mask": all_on.eta2 * -masked,
+    }
+
+
+# %% [markdown]
+# The group of section 2 is scored as `train.py` does it. Before the first update the policy is
+# still the one that sampled, and also the reference, so $\rho = 1$ and KL_ref = 0. To see
+# something, we make one update on this group first.
+
+# %%
+there = torch.tensor([True])  # the prompt has a picture
+rows, old, masked = score_twice(prompt, rollout)
+ref = score_only(parts.reference, rows, rows.pixels).logp
+N = papo.Denominators(tokens=int(rows.scored.sum()), responses=cfg.group_size)
+
+
+def loss_of(seen, settings):
+    """papo.objective of this group -> a number with a gradient"""
+    said = papo.LogProbs(seen, old, old, Scores(masked), ref)
+    return papo.objective(said, advantages[None], rows.scored, there, N, settings)[0]
+
+
+loss_of(parts.policy(rows, rows.pixels), all_on).backward()
+parts.optimiser.step(parts.policy)
+seen = score_only(parts.policy, rows, rows.pixels)
+
+terms = [
+    [
+        terms_of(*(x[0, g, t].item() for x in (seen.logp, old, ref, masked)), advantages[g].item())
+        for t in range(len(rollout.tokens[g]))
+    ]
+    for g in range(cfg.group_size)
+]
+twin = sum(sum(token.values()) for response in terms for token in response) / N.tokens
+print(f"papo.objective {loss_of(seen, all_on):.6f}      plain Python {twin:.6f}")
+
+# %% [markdown]
+# What each token of one response adds to the loss. Training goes downhill: what lies below the line
+# is gained. (The optimiser follows slopes, not heights: a tall bar may have no slope at all.)
+
+# %%
+texts = [word.strip() for word, _, _ in words(rollout.tokens[shown], None, tok)]
+figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
+above, below = [0.0] * len(texts), [0.0] * len(texts)
+for name in terms[shown][0]:
+    heights = [token[name] for token in terms[shown]]
+    bottom = [above[t] if h > 0 else below[t] for t, h in enumerate(heights)]
+    axis.bar(range(len(texts)), heights, bottom=bottom, label=name)
+    above = [a + max(h, 0) for a, h in zip(above, heights)]
+    below = [b + min(h, 0) for b, h in zip(below, heights)]
+axis.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
+axis.axhline(0, color="black", linewidth=0.8)
+axis.set(title="terms of the loss, token by token")
+axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+show("6-terms")
+
+# %% [markdown]
+# **Exercise 6.** Take one term away at a time (set its weight to 0 in `replace(all_on, ...)`). For
+# which of the weights gamma, beta, eta1 and eta2 does the loss change? For which does its gradient
+# in the tokens' log-probabilities change?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The loss changes for all four. The gradient changes for three: without eta2 it is the same to the
+# last bit. The masked branch has no gradient in the released form, so eta2 weighs a constant. It is
+# in the loss that is logged, and in no update.
+#
+# ```python
+# def loss_and_gradient(settings):
+#     """-> (loss, its gradient in log pi of every token (1, G, R))"""
+#     logp = seen.logp.clone().requires_grad_()
+#     loss = loss_of(Scores(logp), settings)
+#     return loss.item(), torch.autograd.grad(loss, logp)[0]
+#
+#
+# whole, slope = loss_and_gradient(all_on)
+# changed = {}
+# for weight in ("gamma", "beta", "eta1", "eta2"):
+#     without, other = loss_and_gradient(replace(all_on, **{weight: 0.0}))
+#     changed[weight] = without != whole, not torch.equal(other, slope)
+# print(changed)
+# assert math.isclose(whole, twin, abs_tol=1e-5)
+# assert all(loss_changed for loss_changed, _ in changed.values())
+# assert [weight for weight, (_, moved) in changed.items() if not moved] == ["eta2"]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 7. Training (minutes 70-85)
+#
+# Now the three runs, each from the same warm start, each step a call of `train.train_step`: GRPO,
+# PAPO_G, and PAPO_G with a gamma that is far too large and never lowered. Before you run them, note
+# down what you expect: which ends highest, and which follows the hint?
+#
+# Each run has the 30 steps of `train.py`, one seed, and a small validation (two answers to each of
+# 128 questions). This is enough to see the shapes. The full measurement, five seeds and more
+# questions, is in `results/paper_on_a_laptop.md`; only that one carries a conclusion.
+
+# %%
+parts.close()
+
+
+def validate(parts):
+    """Accuracy on val and general, and how often a wrong hint of val is followed."""
+    found = evaluate_splits(parts, ["val", "general"], 2, "val")
+    accuracies = {f"{split}_accuracy": found[split]["accuracy"] for split in found}
+    return accuracies | {"val_followed": found["val"]["followed"]}
+
+
+def run(**flags):
+    """Train from the warm start -> one dict of metrics a step, the first one before training"""
+    parts, progress = setup(settings(**flags)), Progress()
+    lines = [{"step": 0, **validate(parts)}]
+    for step in tqdm(range(parts.cfg.steps), str(flags), unit="step"):
+        lines.append(train_step(parts, progress))
+        if (step + 1) % 5 == 0 or step + 1 == parts.cfg.steps:
+            lines[-1] |= validate(parts)
+    parts.close()
+    for name in ("val_accuracy", "general_accuracy", "val_followed"):
+        print(f"{name:<17} {lines[0][name]:.2f} -> {lines[-1][name]:.2f}")
+    return lines
+
+
+runs = {}
+
+# %%
+runs["GRPO"] = run(algo="grpo")
+
+# %%
+runs["PAPO_G"] = run(algo="papo_g")
+
+# %%
+runs["gamma too large"] = run(algo="papo_g", gamma=2.0, anneal_steps=0)
+
+# %%
+panels = {
+    "val_accuracy": "accuracy on val",
+    "val_followed": "wrong hints followed",
+    "perception_kl": "KL_prcp, nats a token",
+    "entropy": "entropy, nats a token",
+    "reward": "reward",
+}
+figure, axes = plt.subplots(1, len(panels), figsize=(15, 2.8), layout="constrained")
+for axis, (name, title) in zip(axes, panels.items()):
+    for label, lines in runs.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points) if points else ((), ()), label=label)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+axes[0].legend(fontsize=8)
+show("7-training")
+
+# %% [markdown]
+# GRPO has no KL_prcp, since it has no masked branch. PAPO_G lowers gamma to 0 over its first 20
+# steps (`--anneal_steps`), and from then on it has none either.
+#
+# **Exercise 7.** (a) What is gained with PAPO_G, and what is lost? Compare `val` with `general`,
+# where hints are as good as in training. (b) In the run with too large a gamma, which signal leaves
+# first: the reward, the entropy, or KL_prcp? (c) What could one watch to stop such a run in time?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# (a) GRPO's reward rises because it learns to repeat the hint: it follows more wrong hints than
+# before, and its accuracy on `val` stays behind. PAPO_G nearly stops following them. On `general`,
+# where the hint is worth something, the two are close. What is lost shows when the hint is right 19
+# times out of 20 (section 8): there a policy that looks, and now and then misreads, does worse on
+# `general` than one that repeats the hint.
+#
+# (b) `plumbing.report.left_at` says at which step each signal left its usual range. Here the
+# entropies usually go first, then the reward; KL_prcp is the last. In the paper's figure 11 it is
+# the other way round. All that is rewarded is to differ from the policy on the masked picture, and
+# junk differs.
+#
+# (c) The entropies, and the reward itself. `train.py` watches four signals and prints a warning.
+#
+# ```python
+# from plumbing.report import left_at
+#
+# first, last = {k: v[0] for k, v in runs.items()}, {k: v[-1] for k, v in runs.items()}
+# left = left_at(runs["gamma too large"][1:])
+# print("left at step:", left)
+# assert len({line["val_accuracy"] for line in first.values()}) == 1  # one warm start
+# assert not any("perception_kl" in line for line in runs["GRPO"])
+# assert all("perception_kl" in line for line in runs["gamma too large"][1:])
+# if not FAST:
+#     assert last["PAPO_G"]["val_accuracy"] > last["GRPO"]["val_accuracy"]
+#     assert last["PAPO_G"]["val_followed"] < first["PAPO_G"]["val_followed"]
+#     assert last["gamma too large"]["val_accuracy"] < 0.2
+#     assert min(left["entropy"], left["masked_entropy"]) <= left["reward"]
+#     assert left.get("perception_kl", math.inf) > left["reward"]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## 8. What the paper says, and what we found (minutes 85-90)
+#
+# `bench/paper_on_a_laptop.py` holds eight claims to this toy, each with several seeds and with a
+# rule that was written down before the runs. *Confirmed* means that the rule is met. *Contradicted*
+# means that the 95 % interval lies on the other side. Everything else is *not confirmed*. Nothing
+# is trained here: the cell reads the results.
+
+# %%
+results = json.loads((here / "results" / "paper_on_a_laptop.json").read_text())
+for number, claim in enumerate(results["claims"], 1):
+    print(f"{number}. {claim['title']}")
+    for what, verdict, numbers in claim["found"]:
+        if verdict:
+            print(f"      {verdict:<14} {what}: {numbers}")
+
+# %% [markdown]
+# ![accuracy after training, by how often the hint is right](results/paper_on_a_laptop-7.png)
+#
+# The picture is the seventh claim: accuracy after training, for hints that are right from 50 % to
+# 95 % of the time, and for a policy that never learned to trust them (*no trust*).
+#
+# **Exercise 8.** Is the paper refuted? Find the claims that are *contradicted*, and two that are
+# *not confirmed*. What would it take to decide those two?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No. On the toy PAPO_G is above GRPO, too large a gamma collapses, and entropies rescue it, as the
+# paper says. One thing is contradicted, and it is a cost: where the hint is right 19 times out of
+# 20, PAPO_G is worse on `general`. There the shortcut pays, and a policy that looks gives it up.
+#
+# Where there is no shortcut, PAPO changes nothing that can be seen: weak hints and *no trust* are
+# not confirmed. That is not a refutation. With two seeds an interval is often 20 points wide, so a
+# small effect would not show; more seeds would decide it. And a toy with 0.9 million parameters
+# says how the method works, not how much it helps a model with three billion.
+#
+# ```python
+# found = [(c["title"], *row) for c in results["claims"] for row in c["found"]]
+# found = [(title, what, verdict) for title, what, verdict, _ in found]
+# contradicted = [what for _, what, verdict in found if verdict == "contradicted"]
+# print(contradicted)
+# assert contradicted == ["h 0.95, general"]
+# assert ("PAPO-G is above GRPO", "vision", "confirmed") in found
+# assert sum(verdict == "not confirmed" for *_, verdict in found) >= 2
+# ```
+#
+# </details>
+#
+# **Where to go from here.** `loss.py`, `papo.py` and `train.py` are the method; you have now called
+# most of it. `docs/differences.md` lists where the paper and its released code differ. To try an
+# idea of your own, add a mask, a reward or a loss term; each is one function in one file.
