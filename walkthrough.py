@@ -227,14 +227,14 @@ for text, reward, advantage in zip(rollout.texts, rewards, advantages):
 
 # %%
 figure, (left, middle, last) = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-board(left, prompt.example.images[0], prompt.example.problem.removeprefix("<image> "))
-middle.bar(range(1, cfg.group_size + 1), rewards, color="C0")
-middle.set(title="reward", xlabel="response", ylim=(0, 1.05))
-last.bar(
-    range(1, cfg.group_size + 1), advantages, color=["C2" if a > 0 else "C3" for a in advantages]
-)
+asked = prompt.example.problem.removeprefix("<image> ").replace(" . ", " .\n")
+board(left, prompt.example.images[0], asked)
+responses = range(1, cfg.group_size + 1)
+middle.bar(responses, rewards, color="C0")
+middle.set(title="reward", xlabel="response", xticks=responses, ylim=(0, 1.05))
+last.bar(responses, advantages, color=["C2" if a > 0 else "C3" for a in advantages])
 last.axhline(0, color="black", linewidth=0.8)
-last.set(title="advantage", xlabel="response")
+last.set(title="advantage", xlabel="response", xticks=responses)
 show("2-group")
 
 # %% [markdown]
@@ -315,10 +315,10 @@ for axis, p in zip(axes, (0, 0.3, 0.6, 1)):
 show("3-ratios")
 
 # %% [markdown]
-# There are other kinds. `raw` blackens squares of the original picture, before it is resized: here
-# the 56 x 56 board, so its squares are four times as large. `noise` adds Gaussian noise; the paper
-# rejects it, and you can see why. `contrast` is another picture from the data, and `absent` is no
-# picture at all.
+# There are other kinds. `raw` blackens squares of 14 x 14 pixels of the original picture, before it
+# is resized for the model; this one needs no resizing, so here the squares are the patches. `noise`
+# adds Gaussian noise; the paper rejects it, and you can see why. `contrast` is another picture from
+# the data, and `absent` is no picture at all.
 #
 # `semantic` blackens what the vision model DINOv2 attends to most (`plumbing/saliency.py`, Eq. (4)
 # to (6)). Its weights would have to be downloaded, so the DINOv2 here has *random* weights. It
@@ -415,8 +415,8 @@ for axis, example in zip(axes, {e.tags["family"]: e for e in wrong}.values()):
         shown_picture = to_picture(pixels, p.grid[0], image_processor)
         axis.imshow(shown_picture, extent=(12 * k, 12 * k + 11, 0.5, 11.5), aspect="auto")
     asked = example.problem.removeprefix("<image> ")
-    axis.text(26, 8.5, f"{asked}   [{example.answer}]", fontsize=9, weight="bold")
-    write_words(axis, 26, 3.5, words(sampled.tokens[g], kl[0, g].tolist(), tok), size=8)
+    axis.text(26, 8, f"{asked}   [{example.answer}]", fontsize=9, weight="bold")
+    write_words(axis, 26, 3.5, words(sampled.tokens[g], kl[0, g].tolist(), tok))
 show("4-heat-map")
 
 # %% [markdown]
@@ -462,10 +462,12 @@ show("4-kinds-of-words")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Facts glow: they are read off cells that the mask hides. The first word glows too: there the
-# policy decides to look (it names a colour, a shape or a cell) or to repeat the hint (*a friend
-# says*), and without the picture it prefers the hint. The form hardly glows, since it is the same
-# for every picture.
+# The first word glows most. There the policy decides to look (it names a colour, a shape or a cell)
+# or to repeat the hint (*a friend says*), and without the picture it prefers the hint. A response
+# that begins with *a* glows there too: its $d$ is positive, and PAPO lowers that word.
+#
+# Facts glow where they are read off cells that the mask hides. The form and the signs hardly glow,
+# since they are the same for every picture.
 #
 # The answer in the box hardly glows either, although everything depends on it. It is copied from
 # the thought, and $\pi_{mask}$ can read the thought as well: it is part of $o_{<t}$. So PAPO trains
@@ -573,7 +575,9 @@ show("5-gradients")
 
 # %% [markdown]
 # The released loss has the value of one KL and follows the gradient of the *other* one. This comes
-# from the sampling: the tokens come from $\pi$, and how often they come has no gradient.
+# from the sampling: the tokens come from $\pi$, and how often they come has no gradient. Look at
+# *circle*. It is no answer at all, but with the picture it is a little likelier than without (7 %
+# against 5 %), and so the released gradient raises it.
 #
 # The entropies hold the second surprise. The released code lowers $-\log\pi$ of the sampled token,
 # whose mean is the entropy. Here is its expected gradient, beside that of the true entropy.
@@ -701,23 +705,33 @@ twin = sum(sum(token.values()) for response in terms for token in response) / N.
 print(f"papo.objective {loss_of(seen, all_on):.6f}      plain Python {twin:.6f}")
 
 # %% [markdown]
-# What each token of one response adds to the loss. Training goes downhill: what lies below the line
-# is gained. (The optimiser follows slopes, not heights: a tall bar may have no slope at all.)
+# What each token of one response adds to the loss, above with all terms, below without the policy
+# term, which is so much larger. Training goes downhill: what lies below the line is gained. (But the
+# optimiser follows slopes, not heights: a tall bar may have no slope at all.)
 
 # %%
 texts = [word.strip() for word, _, _ in words(rollout.tokens[shown], None, tok)]
-figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
-above, below = [0.0] * len(texts), [0.0] * len(texts)
-for name in terms[shown][0]:
-    heights = [token[name] for token in terms[shown]]
-    bottom = [above[t] if h > 0 else below[t] for t, h in enumerate(heights)]
-    axis.bar(range(len(texts)), heights, bottom=bottom, label=name)
-    above = [a + max(h, 0) for a, h in zip(above, heights)]
-    below = [b + min(h, 0) for b, h in zip(below, heights)]
-axis.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
-axis.axhline(0, color="black", linewidth=0.8)
-axis.set(title="terms of the loss, token by token")
-axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def stack(axis, names):
+    """These terms of the shown response as bars on each other, what is negative downwards."""
+    above, below = [0.0] * len(texts), [0.0] * len(texts)
+    for i, name in enumerate(names):
+        heights = [token[name] for token in terms[shown]]
+        bottom = [above[t] if h > 0 else below[t] for t, h in enumerate(heights)]
+        axis.bar(range(len(texts)), heights, bottom=bottom, label=name, color=f"C{5 - len(names) + i}")
+        above = [a + max(h, 0) for a, h in zip(above, heights)]
+        below = [b + min(h, 0) for b, h in zip(below, heights)]
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+figure, (whole, small) = plt.subplots(2, 1, figsize=(10, 4.6), sharex=True, layout="constrained")
+names = list(terms[shown][0])
+stack(whole, names)
+stack(small, names[1:])
+whole.set(title="terms of the loss, token by token")
+small.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
 show("6-terms")
 
 # %% [markdown]

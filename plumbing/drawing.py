@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 
@@ -17,20 +18,25 @@ def show(name, folder=Path("out/walkthrough")):
     plt.close()
 
 
-def board(axis, picture, title="", **style):
-    """One picture without axes, and a line of text above it; an empty place for None."""
-    if picture is not None:
+def board(axis, picture, title, **style):
+    """One picture without axes, below lines of text; "no picture" for None."""
+    if picture is None:
+        axis.set_box_aspect(1)
+        axis.text(0.5, 0.5, "no picture", ha="center", fontsize=8)
+    else:
         axis.imshow(picture)
-    axis.set_title(title, fontsize=8, **style)
+    lines = [fill(line, 32) for line in title.splitlines()]
+    axis.set_title("\n".join(lines), fontsize=8, **style)
     axis.axis("off")
 
 
 def write_words(axis, x, y, words, size=9):
     """A response in a line from (x, y) on, each word as dark as plumbing.samples.words says.
 
-    The axis has one unit for each tenth of an inch, in which a letter of size 9 is 0.92 wide.
+    The axis has one unit for each tenth of an inch. A letter is 0.6 of its size wide, and a point
+    is 1/72 of an inch, so it takes size / 12 units.
     """
     for word, _, shade in words:
         text, box = word.strip(), dict(facecolor=(*ORANGE, shade), edgecolor="none", pad=1.2)
         axis.text(x, y, text, fontsize=size, family="monospace", bbox=box)
-        x += 0.92 * size / 9 * (len(text) + 1)
+        x += size / 12 * len(text) + 1
