@@ -706,8 +706,8 @@ print(f"papo.objective {loss_of(seen, all_on):.6f}      plain Python {twin:.6f}"
 
 # %% [markdown]
 # What each token of one response adds to the loss, above with all terms, below without the policy
-# term, which is so much larger. Training goes downhill: what lies below the line is gained. (But the
-# optimiser follows slopes, not heights: a tall bar may have no slope at all.)
+# term, which is so much larger. Training goes downhill: what lies below the line is gained. But the
+# optimiser follows slopes and not heights: a tall bar may have no slope at all.
 
 # %%
 texts = [word.strip() for word, _, _ in words(rollout.tokens[shown], None, tok)]
@@ -716,10 +716,10 @@ texts = [word.strip() for word, _, _ in words(rollout.tokens[shown], None, tok)]
 def stack(axis, names):
     """These terms of the shown response as bars on each other, what is negative downwards."""
     above, below = [0.0] * len(texts), [0.0] * len(texts)
-    for i, name in enumerate(names):
+    for name in names:
         heights = [token[name] for token in terms[shown]]
         bottom = [above[t] if h > 0 else below[t] for t, h in enumerate(heights)]
-        axis.bar(range(len(texts)), heights, bottom=bottom, label=name, color=f"C{5 - len(names) + i}")
+        axis.bar(range(len(texts)), heights, bottom=bottom, label=name, color=colours[name])
         above = [a + max(h, 0) for a, h in zip(above, heights)]
         below = [b + min(h, 0) for b, h in zip(below, heights)]
     axis.axhline(0, color="black", linewidth=0.8)
@@ -727,9 +727,9 @@ def stack(axis, names):
 
 
 figure, (whole, small) = plt.subplots(2, 1, figsize=(10, 4.6), sharex=True, layout="constrained")
-names = list(terms[shown][0])
-stack(whole, names)
-stack(small, names[1:])
+colours = {name: f"C{i}" for i, name in enumerate(terms[shown][0])}
+stack(whole, colours)
+stack(small, [name for name in colours if name != "policy"])
 whole.set(title="terms of the loss, token by token")
 small.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
 show("6-terms")
