@@ -328,12 +328,12 @@ show("3-ratios")
 # %%
 torch.manual_seed(0)
 size = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, image_size=224)
-folder = tempfile.mkdtemp()
-Dinov2Model(Dinov2Config(**size, patch_size=14, initializer_range=0.4)).save_pretrained(folder)
+dino = tempfile.TemporaryDirectory()
+Dinov2Model(Dinov2Config(**size, patch_size=14, initializer_range=0.4)).save_pretrained(dino.name)
 
 figure, axes = plt.subplots(1, len(MASKS), figsize=(11, 2.3), layout="constrained")
 for axis, mask in zip(axes, MASKS):
-    board(axis, masked_as(mask, semantic_model=folder), mask)
+    board(axis, masked_as(mask, semantic_model=dino.name), mask)
 show("3-kinds")
 
 # %% [markdown]
@@ -356,8 +356,8 @@ show("3-kinds")
 # black = masked_as("random", 1.0)
 # print("zeros:", zeros[0, 0].tolist(), " black:", black[0, 0].tolist())
 # assert not black.any() and 90 < zeros.float().mean() < 130
-# again = [masked_as("semantic", name=draw, semantic_model=folder) for draw in ("one", "two")]
-# assert torch.equal(*again)  # no luck is involved
+# draws = [masked_as("semantic", name=n, semantic_model=dino.name) for n in ("one", "two")]
+# assert torch.equal(*draws)  # no luck is involved
 # ```
 #
 # </details>
@@ -829,7 +829,8 @@ figure, axes = plt.subplots(1, len(panels), figsize=(15, 2.8), layout="constrain
 for axis, (name, title) in zip(axes, panels.items()):
     for label, lines in runs.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points) if points else ((), ()), label=label)
+        steps, values = zip(*points) if points else ((), ())
+        axis.plot(steps, values, label=label)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)

@@ -29,6 +29,7 @@ def same(weights, wanted):
         assert torch.allclose(weights[0, g, : len(own)], torch.tensor(own), atol=1e-5), g
 
 
+@pytest.mark.lesson
 def test_vppo_by_hand():
     """k = 0.4 and beta_min = 0.9, three responses of 5, 2 and 1 tokens.
 
@@ -55,6 +56,7 @@ def test_vppo_ties_and_batches_that_look_alike():
         assert kept.sum() == round(k * n), (k, n)
 
 
+@pytest.mark.lesson
 def test_pgpo_by_hand():
     """tau = 0.4 and beta = 2. The first response has log(1 + S) = 0, 0.2, 0.5, 1, which is I as it
     is, so u is 0, 0.2 / 0.4, 1 + 2 * 0.1 / 0.6 and 3, in sum 29 / 6, and w is u * 24 / 29."""

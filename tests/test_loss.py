@@ -50,6 +50,7 @@ def test_gradcheck(term):
     check(TERMS[term], numbers(4, 6), numbers(4, 6, seed=1))
 
 
+@pytest.mark.lesson
 def test_k3_by_hand_and_at_its_clamps():
     """d = 1: e - 2. e^5 - 6 is cut to 10; 20 + e^-20 - 1 = 19 too, and without a clamp stays.
     Beyond a clamp there is no gradient."""
@@ -68,6 +69,7 @@ def test_k3_by_hand_and_at_its_clamps():
     assert logp.grad[1] == pytest.approx(1 - torch.e**5) and logp.grad[3] == 0
 
 
+@pytest.mark.lesson
 def test_exact_kl_and_entropy_by_hand():
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
     kl, clamped = exact_kl(p.log(), q.log())
@@ -89,6 +91,7 @@ def test_banned_tokens_add_nothing_and_no_nan():
         assert torch.isfinite(grad).all() and not grad[:, BANNED].any() and grad[:, ~BANNED].any()
 
 
+@pytest.mark.lesson
 def test_surrogate_by_hand():
     """rho = 2, clip 0.2/0.3, dual clip 3: each branch, worked out on paper."""
     logp = torch.log(torch.tensor([2.0, 2.0, 0.5, 0.5, 8.0]))
@@ -101,6 +104,7 @@ def test_surrogate_by_hand():
     assert without[-1] == pytest.approx(8.0)
 
 
+@pytest.mark.lesson
 def test_surrogate_on_policy_is_the_policy_gradient():
     """At rho = 1 the gradient is -A grad log pi: nothing is clipped, whatever the sign."""
     logp = torch.tensor([-0.3, -2.0, -1.0], requires_grad=True)

@@ -269,6 +269,7 @@ def raised(x, cfg):
     return -grad[x["mask"]].sign(), said_of_them
 
 
+@pytest.mark.lesson
 def test_each_coefficient_moves_the_gradient_the_way_it_says(cfg):
     x = example()
     x["mask"][1] = False  # the prompt without a picture
@@ -286,6 +287,7 @@ def test_each_coefficient_moves_the_gradient_the_way_it_says(cfg):
     assert (raised(x, only(cfg, eta1=1.0))[0] == 1).all()
 
 
+@pytest.mark.lesson
 def test_masked_branch_has_a_gradient_exactly_when_it_should(cfg):
     """eta2 is a constant in the released default, and moves the masked branch, and only that one,
     with masked_grad."""
@@ -302,6 +304,7 @@ def test_masked_branch_has_a_gradient_exactly_when_it_should(cfg):
         assert grad["logits"].any() and grad["masked_logits"].any()
 
 
+@pytest.mark.lesson
 def test_exact_entropy_is_lowered_on_the_branch_that_was_asked_for(cfg):
     x = silent(example())
     branches = [("eta1", "logits", "masked_logits"), ("eta2", "masked_logits", "logits")]
@@ -319,6 +322,7 @@ def test_the_perception_term_is_in_what_is_differentiated(cfg):
     assert not torch.allclose(fast(x, cfg)[1]["logits"], without)
 
 
+@pytest.mark.lesson
 def test_a_prompt_without_a_picture_has_no_perception_term(cfg):
     x = silent(example())
     _, grad, sums = fast(x, only(cfg, gamma=1.0, eta2=1.0, masked_grad=True))
@@ -342,6 +346,7 @@ def test_tokens_at_a_clamp_are_counted(cfg):
 # ------------------------------------------------------------------------------- groups and rewards
 
 
+@pytest.mark.lesson
 def test_advantages_by_hand():
     a = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]]))
     # 3 ** -0.5: the sample standard deviation of 1 0 0 1
@@ -353,6 +358,7 @@ def test_advantages_by_hand():
         group_advantages(torch.ones(2, 1))
 
 
+@pytest.mark.lesson
 def test_equal_rewards_still_train_the_other_terms(cfg):
     x = silent(example())
     assert fast(x, cfg)[1]["logits"][x["mask"]].any(-1).all()
@@ -372,6 +378,7 @@ class Questions:
         return [Group(i, 0, None, own, [True] * self.G) for i, own in enumerate(scores)]
 
 
+@pytest.mark.lesson
 def test_dynamic_sampling_refills_and_counts():
     cfg = settings("dapo", prompts_per_step=4, prompts_per_round=5)
     # Of five groups one is all wrong and one all right.
@@ -408,6 +415,7 @@ def test_prompts_that_cannot_be_used_are_replaced_and_counted():
         fill_batch(lambda n: [], replace(cfg, max_rounds=20))
 
 
+@pytest.mark.lesson
 def test_importance_weights_are_truncated_and_have_no_gradient():
     old = torch.tensor([0.0, -1.0, -2.0], requires_grad=True)
     sampled = torch.tensor([0.0, -2.0, -1.0])

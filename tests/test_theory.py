@@ -11,6 +11,8 @@ import torch
 
 from loss import exact_kl, k3, printed_kl, sampled_entropy
 
+pytestmark = pytest.mark.lesson
+
 
 @pytest.fixture(params=[0, 1, 2])
 def pair(request):
