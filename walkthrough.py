@@ -398,7 +398,8 @@ for (word, _, _), seen_t, masked_t in zip(said, logp[0, shown], masked[0, shown]
 # $$k_3 = e^{d} - d - 1, \qquad d = \log \pi_{mask}(o_t) - \log \pi_\theta(o_t)$$
 #
 # Below, four questions of `val` whose hint is wrong, one of each family: the picture, the masked
-# picture, and one response. The darker a word, the larger its $k_3$ (full orange: 3 nats or more).
+# picture (the toy masks whole cells, `--mask_unit token`), and one response. The darker a word, the
+# larger its $k_3$ (full orange: 3 nats or more).
 
 # %%
 wrong = [e for e in drawn["val"] if not e.tags["hint_right"]]
@@ -851,16 +852,16 @@ show("7-training")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# (a) GRPO's reward rises because it learns to repeat the hint: it follows more wrong hints than
-# before, and its accuracy on `val` stays behind. PAPO_G nearly stops following them. On `general`,
-# where the hint is worth something, the two are close. What is lost shows when the hint is right 19
-# times out of 20 (section 8): there a policy that looks, and now and then misreads, does worse on
-# `general` than one that repeats the hint.
+# (a) In most runs GRPO's reward rises because it learns to repeat the hint: it follows more wrong
+# hints than before, and its accuracy on `val` stays behind. PAPO_G nearly stops following them. On
+# `general`, where the hint is worth something, the two are close. What is lost shows when the hint
+# is right 19 times out of 20 (section 8): there a policy that looks, and now and then misreads, does
+# worse on `general` than one that repeats the hint.
 #
 # (b) `plumbing.report.left_at` says at which step each signal left its usual range. Here the
 # entropies usually go first, then the reward; KL_prcp is the last. In the paper's figure 11 it is
-# the other way round. All that is rewarded is to differ from the policy on the masked picture, and
-# junk differs.
+# the other way round. Most of what is rewarded here is to differ from the policy on the masked
+# picture, and a word without meaning differs as well.
 #
 # (c) The entropies, and the reward itself. `train.py` watches four signals and prints a warning.
 #
@@ -919,9 +920,9 @@ for number, claim in enumerate(results["claims"], 1):
 # 20, PAPO_G is worse on `general`. There the shortcut pays, and a policy that looks gives it up.
 #
 # Where there is no shortcut, PAPO changes nothing that can be seen: weak hints and *no trust* are
-# not confirmed. That is not a refutation. With two seeds an interval is often 20 points wide, so a
-# small effect would not show; more seeds would decide it. And a toy with 0.9 million parameters
-# says how the method works, not how much it helps a model with three billion.
+# not confirmed. That is not a refutation. With two seeds an interval is often tens of points wide,
+# so a small effect would not show; more seeds would decide it. And a toy with 0.9 million
+# parameters says how the method works, not how much it helps a model with three billion.
 #
 # ```python
 # found = [(c["title"], *row) for c in results["claims"] for row in c["found"]]

@@ -1,14 +1,15 @@
 """walkthrough.py as a notebook: what its cells are, and walkthrough.ipynb made afresh from them.
 
     pip install -r requirements-dev.txt
-    python -m plumbing.notebook        # runs every cell; 10 minutes on 2 cores
+    python -m plumbing.notebook           # runs every cell; 10 minutes on 2 cores
+    python -m plumbing.notebook --text    # only text has changed: takes it over, and runs nothing
 
 A cell begins at a line `# %%`, or `# %% [markdown]` for one of text, which stands in comments. Text
 may hold Python code between fences (```python): the answer to an exercise. It is run after the text
 that it stands in, so that a wrong answer makes no notebook, but it is not kept as a cell.
 """
 
-import json
+import argparse
 import re
 from pathlib import Path
 
@@ -70,16 +71,33 @@ def tidy(notebook):
     return notebook
 
 
+def with_new_text(notebook, found):
+    """A notebook that has been run, with the text of these cells. Ends with a sentence if their
+    code is not the notebook's."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    if [c["source"] for c in code] != [source for kind, source in found if kind == "code"]:
+        fail(f"more than the text of {SCRIPT.name} has changed; run it, without --text")
+    text = {"cell_type": "markdown", "metadata": {}}
+    both = [code.pop(0) if kind == "code" else text | {"source": s} for kind, s in found]
+    return notebook | {"cells": both}
+
+
 def main():
     """Run the walkthrough as a notebook, and write it with its outputs."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--text", action="store_true", help="run nothing: take over changed text")
+    only_text, found = p.parse_args().text, cells(SCRIPT.read_text())
     try:
+        import nbformat
         from nbclient import NotebookClient
     except ImportError:
         fail("a notebook needs nbclient and ipykernel: pip install -r requirements-dev.txt")
-    made = with_answers(cells(SCRIPT.read_text()))
-    where = {"metadata": {"path": str(PROJECT)}}
-    NotebookClient(made, resources=where).execute()
-    write_atomically(NOTEBOOK, json.dumps(tidy(made), indent=1, ensure_ascii=False) + "\n")
+    if only_text:
+        made = with_new_text(nbformat.read(NOTEBOOK, 4), found)
+    else:
+        made = with_answers(found)
+        NotebookClient(made, resources={"metadata": {"path": str(PROJECT)}}).execute()
+    write_atomically(NOTEBOOK, nbformat.writes(nbformat.from_dict(tidy(made))) + "\n")
     print(f"written: {NOTEBOOK.name}, {NOTEBOOK.stat().st_size / 1e6:.1f} MB")
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import WARM
 
-from plumbing.notebook import NOTEBOOK, SCRIPT, answers, cells, sources, tidy
+from plumbing.notebook import NOTEBOOK, SCRIPT, answers, cells, sources, tidy, with_new_text
 
 CELLS = cells(SCRIPT.read_text())
 SECTIONS = [source for kind, source in CELLS if kind == "markdown" and source.startswith("## ")]
@@ -39,6 +39,20 @@ def test_a_notebook_keeps_neither_answers_nor_progress_bars():
     for number, cell in enumerate(kept["cells"], 1):
         assert cell["execution_count"] == number and cell["metadata"] == {}
         assert [output["name"] for output in cell["outputs"]] == ["stdout"]
+
+
+def test_text_that_has_changed_is_taken_over_and_code_is_not():
+    def cell(kind, source):
+        return {"cell_type": kind, "source": source, "metadata": {}}
+
+    kept = cell("code", "x = 1") | {"outputs": ["a picture"]}
+    made = with_new_text({"cells": [cell("markdown", "# Old"), kept]}, [("code", "x = 1")])
+    assert made["cells"] == [kept]
+    found = [("markdown", "# New"), ("code", "x = 1")]
+    made = with_new_text(made, found)
+    assert sources(made) == found and made["cells"][1] == kept
+    with pytest.raises(SystemExit, match="more than the text of walkthrough.py has changed"):
+        with_new_text(made, [("code", "x = 2")])
 
 
 def test_eight_sections_of_ninety_minutes_with_an_exercise_and_a_folded_answer_each():
