@@ -855,7 +855,7 @@ show("7-training")
 # (a) In most runs GRPO's reward rises because it learns to repeat the hint: it follows more wrong
 # hints than before, and its accuracy on `val` stays behind. PAPO_G nearly stops following them. On
 # `general`, where the hint is worth something, the two are close. What is lost shows when the hint
-# is right 19 times out of 20 (section 8): there a policy that looks, and now and then misreads, does
+# is right 19 times out of 20 (section 8): there a policy that looks, and misreads now and then, is
 # worse on `general` than one that repeats the hint.
 #
 # (b) `plumbing.report.left_at` says at which step each signal left its usual range. Here the
