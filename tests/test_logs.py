@@ -77,7 +77,7 @@ def test_a_fork_adds_a_place_of_its_own(tmp_path, monkeypatch, folder):
         "--val_data",
         "",
     ]
-    argv = ["train.py", *flags, "--steps", 2, "--log", "json", "--algo", "grpo"]
+    argv = ["train.py", *SMALL, *flags, "--steps", 2, "--log", "json", "--algo", "grpo"]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     train.main()
     opened, *lines, closed = [json.loads(x) for x in events.read_text().splitlines()]
