@@ -80,7 +80,7 @@ def track(items, title, unit, done=0):
 def doing(what, aloud=False):
     """While the block lasts, `what` is under way; aloud: a line says so first."""
     if aloud:
-        say(f"{what} ...")
+        say(f"{what} ...", file=sys.stderr)
     with Bar(what):
         yield
 
@@ -90,7 +90,7 @@ def fetching(what):
     """As doing, aloud, for what may have to come from the hub. On a terminal the hub's own bars
     tell how much has come; elsewhere they would fill a log, and are switched off."""
     if on_a_terminal():
-        say(f"{what} ...")
+        say(f"{what} ...", file=sys.stderr)
         yield
         return
     import datasets
@@ -102,12 +102,12 @@ def fetching(what):
         yield
 
 
-def say(text, here=False):
+def say(text, here=False, file=None):
     """A line of text, at once, above what is under way. As of `fail`: only the first process
-    speaks, or, with `here`, each for itself."""
+    speaks, or, with `here`, each for itself. file: default: standard output"""
     if here or first():
-        with tqdm.external_write_mode(sys.stdout):
-            print(text, flush=True)
+        with tqdm.external_write_mode(file or sys.stdout):
+            print(text, file=file, flush=True)
 
 
 def first():
@@ -125,6 +125,16 @@ def told():
         return " | ".join(filter(None, map(str, _under_way)))
 
 
+def draw():
+    """Tell what is under way, if anything is."""
+    with _lock:
+        if on_a_terminal():
+            for bar in _under_way:
+                bar.bar.refresh()
+        elif text := told():
+            print(text, file=sys.stderr, flush=True)
+
+
 def _tell():
     """See to it that a thread of this process tells what is under way, however long a piece of it
     takes."""
@@ -136,10 +146,8 @@ def _tell():
 
 def _go_on_telling():
     while True:
-        terminal = on_a_terminal()
-        time.sleep(DRAW_EVERY if terminal else LINE_EVERY)
-        with _lock:
-            if not terminal and (text := told()):
-                print(text, file=sys.stderr, flush=True)
-            for bar in _under_way if terminal else []:
-                bar.bar.refresh()
+        time.sleep(DRAW_EVERY if on_a_terminal() else LINE_EVERY)
+        try:
+            draw()
+        except (OSError, ValueError):  # nobody reads any longer, or it is closed
+            return

@@ -18,6 +18,8 @@ WORK = """
 import time
 from plumbing import console
 console.DRAW_EVERY = console.LINE_EVERY = 0.2
+with console.doing("loading a model", aloud=True):
+    time.sleep(0.1)
 for step in console.track(range(3), "algo", "steps"):
     with console.doing("update"):
         for _ in console.track(range(2), "", "passes"):
@@ -38,7 +40,8 @@ def test_a_log_gets_a_line_now_and_then_and_results_are_kept_apart():
     out, log = work(**pipes).communicate(timeout=60)
     assert out.splitlines() == ["step 0", "step 1", "step 2", "done"]
     assert "\r" not in log and "\x1b" not in log
-    lines = log.splitlines()
+    first, *lines = log.splitlines()
+    assert first == "loading a model ..."
     assert 5 <= len(lines) <= 16, log
     left = r"(, \d\d:\d\d left)?"
     pattern = rf"algo \d/3 steps{left}( \| update \d\d:\d\d)?( \| \d/2 passes{left})?"
