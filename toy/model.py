@@ -99,6 +99,9 @@ def new_policy(tok, name="toy", seed=0):
 def keep(parts, folder):
     """Save a policy, its tokenizer and its image processor as one Hugging Face folder, unless it is
     there already -> folder"""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # console.py tells what is under way
     making = folder.with_name(f"making-{folder.name}-{os.getpid()}")
     if not folder.is_dir():
         for part in parts:
