@@ -417,7 +417,7 @@ CARDS = {
 def lora_rate(lr):
     """LoRA's learning rate where full training's is lr: ten times as much, as Schulman et al. find
     for supervised and reinforcement learning alike ("LoRA Without Regret", Thinking Machines Lab,
-    2025), and as the toy does on `val`."""
+    2025); with it the toy's accuracy on `val` rises as fast as in full training."""
     return float(f"{10 * lr:g}")
 
 

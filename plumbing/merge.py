@@ -8,6 +8,7 @@ W + (alpha / r) B A for W, in float32, for eval.py, train.py, transformers and v
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,11 +30,15 @@ def load_adapter(folder):
 
     if not (folder / CONFIG).exists():
         fail(f"{folder} holds no adapter: there is no {CONFIG}")
-    about = json.loads((folder / CONFIG).read_text())
-    if other := [name for name in PLAIN if about.get(name)]:
+    try:
+        about = json.loads((folder / CONFIG).read_text())
+        name, rank, alpha = (about[k] for k in ("base_model_name_or_path", "r", "lora_alpha"))
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{folder / CONFIG} does not say what to merge ({first_line(error)})")
+    if other := [setting for setting in PLAIN if about.get(setting)]:
         fail(f"{folder / CONFIG}: {other[0]} is not plain LoRA; merge it with peft")
-    base = find_model(about["base_model_name_or_path"])
-    kind = SimpleNamespace(lora_rank=about["r"], lora_alpha=about["lora_alpha"], seed=0)
+    base = find_model(name)
+    kind = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, seed=0)
     vlm = add_adapters(load_vlm(base), kind)
     try:
         weights = load_file(folder / WEIGHTS)
@@ -52,6 +57,7 @@ def merge(folder, out):
         fail(f"{out} exists already; name another folder")
     policy, base = load_adapter(folder)
     making = out.with_name(f".making-{out.name}")
+    shutil.rmtree(making, ignore_errors=True)  # of a merge that was stopped
     making.mkdir(parents=True)
     save_hf(policy, making, base, first=True)
     making.rename(out)

@@ -1,23 +1,21 @@
 """LoRA: the model it starts from, what is trained, what the sampler is given, and peft's files."""
 
 import json
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, both_families, command, random_responses
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
+import plumbing.merge
 import plumbing.policy
 import rollout
 import train as module
-from plumbing import lora
+from plumbing import checkpoint, lora
 from plumbing.common import generator
 from plumbing.config import check, resolve
 from plumbing.engine import check_sync
@@ -267,11 +265,23 @@ def test_adapters_that_cannot_be_merged_get_one_sentence(saved, tmp_path):
     save_file({k.replace("layers.3.", "layers.4."): w for k, w in weights.items()}, file)
     with pytest.raises(SystemExit, match="has other adapters than .*; the first is .*layers.4"):
         load_adapter(saved)
+    (saved / "adapter_config.json").write_text('{"r": 4}')
+    with pytest.raises(SystemExit, match="does not say what to merge .*base_model_name_or_path"):
+        load_adapter(saved)
 
 
-def test_a_program_that_wants_a_model_says_how_to_merge(saved, cfg):
+def test_evaluation_says_how_to_merge_and_takes_what_was_merged(saved, monkeypatch, capsys):
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    few = "--n 1 --questions 2 --sampler hf".split()
     with pytest.raises(SystemExit, match=f"adapter only; .*`python -m plumbing.merge {saved}`"):
-        model_folder(str(saved), cfg)
+        run(evaluation.main, "eval.py", "--model", saved, *few)
+    merged = saved.with_name("checkpoint-3-merged")
+    assert run(plumbing.merge.main, "merge", saved) == f"written: {merged}\n"
+    assert "vision" in run(evaluation.main, "eval.py", "--model", merged, *few)
 
 
 # ---------------------------------------------------------------------------------- settings
@@ -319,31 +329,47 @@ def adapter(checkpoint):
     return load_file(checkpoint / "adapter_model.safetensors")
 
 
-def same_adapter(a, b):
-    x, y = adapter(a), adapter(b)
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+SAME = "reward loss policy_loss ref_kl perception_kl entropy masked_entropy grad_norm".split()
+
+
+def one_run(out, folder, rank, **flags):
+    """A run of this rank in this process -> Parts"""
+    small = dict(sampler="hf", prompts_per_step=2, prompts_per_update=2, group_size=4, lr=1e-3)
+    flags = {**small, **flags, "model": str(folder), "data": "toy", "lora_rank": rank}
+    return setup(resolve({**flags, "out": str(out)}, False)[0])
 
 
 def test_a_step_logs_what_full_training_logs(tmp_path, folder):
     """The same line of metrics; at the first update the reference is the policy."""
     lines = []
     for rank in (0, RANK):
-        flags = {"model": str(folder), "data": "toy", "sampler": "hf", "lora_rank": rank}
-        flags |= {"prompts_per_step": 2, "prompts_per_update": 2, "group_size": 4}
-        parts = setup(resolve({**flags, "out": str(tmp_path)}, False)[0])
+        parts = one_run(tmp_path, folder, rank)
         lines.append(module.train_step(parts, module.Progress()))
         moments = sum(p.numel() for p in parts.optimiser.adamw.state)
         assert moments == lora.count(parts.policy)[0]
-    assert (
-        lines[0].keys() == lines[1].keys()
-        and lines[0]["phases"].keys() == lines[1]["phases"].keys()
-    )
+    full, small = lines
+    assert full.keys() == small.keys() and full["phases"].keys() == small["phases"].keys()
     for name in ("loss", "reward", "entropy", "perception_kl", "ref_kl"):
-        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-5, abs=1e-9), name
-    assert lines[1]["ref_kl"] == 0 and lines[1]["grad_norm"] > 0
+        assert full[name] == pytest.approx(small[name], rel=1e-5, abs=1e-9), name
+    assert small["ref_kl"] == 0 and small["grad_norm"] > 0
 
 
-SAME = "reward loss policy_loss ref_kl perception_kl entropy masked_entropy grad_norm".split()
+def test_a_run_that_was_cut_off_goes_on_bit_identical(tmp_path, folder):
+    """A checkpoint after one step, and a second step that is lost; then from the checkpoint again.
+    On the disk there is nothing of W: three float32 numbers for each trained parameter."""
+    parts, progress = one_run(tmp_path, folder, RANK), module.Progress()
+    module.train_step(parts, progress)
+    checkpoint.save(tmp_path, asdict(progress), parts)
+    lost = module.train_step(parts, progress)
+    wanted = [p.detach().clone() for p in parts.policy.parameters()]
+    saved = tmp_path / "checkpoint-1"
+    parts = one_run(tmp_path, folder, RANK)
+    progress = module.Progress(**checkpoint.restore(saved, parts))
+    again = module.train_step(parts, progress)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, parts.policy.parameters()))
+    assert [lost[k] for k in SAME] == [again[k] for k in SAME] and again["step"] == 2
+    written = sum(f.stat().st_size for f in (saved / "trainer").iterdir())
+    assert 12 < written / lora.count(parts.policy)[0] < 18
 
 
 @pytest.mark.slow
@@ -370,38 +396,6 @@ def test_a_bfloat16_base_and_float32_adapters_in_one_shard_group(tmp_path):
     flags = ["--steps", 2, "--dtype", "bfloat16", "--resume"]
     lines = train(tmp_path / "run", *flags)
     assert [m["step"] for m in lines] == [1, 2] and all(m["sampler_gap"] < 0.1 for m in lines)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_ends_bit_identical_and_evaluates(tmp_path):
-    """SIGKILL some time after a checkpoint; then eval.py, which wants the merged folder."""
-    flags = ["--steps", 4, "--save_every", 2]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    lines = train(whole, *flags)
-    arguments = ["train.py", "--out", str(killed), *FLAGS, *map(str, flags)]
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, **pipes)
-    deadline = time.monotonic() + 200
-    while not (killed / "checkpoint-2").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(random.random())
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    again = train(killed, *flags, "--resume")
-    assert same_adapter(whole / "checkpoint-4", killed / "checkpoint-4")
-    assert [m["loss"] for m in lines] == [m["loss"] for m in again]
-    checkpoint = whole / "checkpoint-4"
-    state = sum(f.stat().st_size for f in (checkpoint / "trainer").iterdir())
-    assert state < 4.5 * (checkpoint / "adapter_model.safetensors").stat().st_size  # none of W
-    asked = ["--n", "1", "--questions", "4", "--sampler", "hf"]
-    done = command("eval.py", "--model", checkpoint, *asked)
-    assert done.returncode == 1 and f"plumbing.merge {checkpoint}`" in done.stderr
-    done = command("-m", "plumbing.merge", checkpoint)
-    merged = whole / "checkpoint-4-merged"
-    assert done.returncode == 0 and done.stdout == f"written: {merged}\n"
-    done = command("eval.py", "--model", merged, *asked)
-    assert done.returncode == 0 and "at most 48 tokens" in done.stdout  # settings as trained
-    shutil.rmtree(merged)
 
 
 @pytest.mark.slow
