@@ -356,7 +356,7 @@ def test_a_step_logs_what_full_training_logs(tmp_path, folder):
 
 def test_a_run_that_was_cut_off_goes_on_bit_identical(tmp_path, folder):
     """A checkpoint after one step, and a second step that is lost; then from the checkpoint again.
-    On the disk there is nothing of W: three float32 numbers for each trained parameter."""
+    There is nothing of W on the disk, which would be 4 bytes for each frozen parameter."""
     parts, progress = one_run(tmp_path, folder, RANK), module.Progress()
     module.train_step(parts, progress)
     checkpoint.save(tmp_path, asdict(progress), parts)
@@ -369,7 +369,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_identical(tmp_path, folder):
     assert all(torch.equal(a, b) for a, b in zip(wanted, parts.policy.parameters()))
     assert [lost[k] for k in SAME] == [again[k] for k in SAME] and again["step"] == 2
     written = sum(f.stat().st_size for f in (saved / "trainer").iterdir())
-    assert 12 < written / lora.count(parts.policy)[0] < 18
+    trained, frozen = lora.count(parts.policy)
+    assert 12 * trained < written < 2 * frozen
 
 
 @pytest.mark.slow
