@@ -92,10 +92,10 @@ def collect(parts, progress, clock):
     processes, prompts = parts.processes, {}
 
     def draw(n):
-        positions = range(progress.cursor, progress.cursor + n)
-        progress.cursor += n
+        first, progress.cursor = progress.cursor, progress.cursor + n
+        now, later = (range(i + processes.rank, i + n, processes.world) for i in (first, first + n))
         with clock("rollout"):
-            mine = parts.stream.read(positions[processes.rank :: processes.world])
+            mine = parts.stream.read(now, later)  # the later ones while the sampler is at work
         prompts.update(mine)
         groups = roll_out(mine, parts, progress.step, clock)
         return sorted(processes.gather(groups), key=lambda g: g.position)

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from PIL import Image
 
+from plumbing.ahead import Ahead
 from plumbing.common import first_line, generator
 from plumbing.console import say, track
 from plumbing.families import IMAGE_TOKEN, encode_pictures, picture_tokens
@@ -201,14 +202,23 @@ class Stream:
         self.examples, self.seed, self.encode = examples, seed, encode
         self.tok, self.image_processor = tok, image_processor
         self.order = (None, [])  # of the epoch that was last asked for
+        self.ahead = Ahead(self.__getitem__)
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.examples))
-        if epoch != self.order[0]:
+        order = self.order  # two threads may be here, at the border of two epochs
+        if epoch != order[0]:
             named = generator(self.seed, "shuffle", epoch)
-            self.order = epoch, torch.randperm(len(self.examples), generator=named).tolist()
-        return self.encode(self.examples[self.order[1][i]], self.tok, self.image_processor)
+            order = epoch, torch.randperm(len(self.examples), generator=named).tolist()
+            self.order = order
+        return self.encode(self.examples[order[1][i]], self.tok, self.image_processor)
 
-    def read(self, positions):
-        """{position: Prompt} of those that can be read; the others are named on the console."""
-        return dict(readable(self.__getitem__, positions))
+    def read(self, positions, later=()):
+        """{position: Prompt} of those that can be read; the others are named on the console.
+
+        later: what will probably be read next; a thread begins with it, and needs host memory for
+        as many prompts again.
+        """
+        found = dict(readable(self.ahead, positions))
+        self.ahead.begin(later)
+        return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,8 @@ import torch.distributed as dist
 from loss import policy_logits
 from plumbing.common import fail, generator
 from plumbing.console import Bar, doing
-from plumbing.families import IMAGE_TOKEN, family_of, fold_placeholders, to_picture
-from plumbing.policy import full_parameters, response_logprobs
+from plumbing.families import IMAGE_TOKEN, family_of, picture_tokens
+from plumbing.policy import DTYPES, full_parameters, response_logprobs
 from rollout import Sampler, TransformersSampler, refuse
 
 # Mean nats a token by which the log-probs of sampler and trainer may differ. A weight that does not
@@ -40,10 +41,10 @@ class VLLMSampler(Sampler):
     """A vLLM engine in this process, beside the trainer: one a process, or one for every
     cfg.tensor_parallel of them.
 
-    Prompts go in as token ids with each picture's placeholders folded back into one, and the
-    picture as the pixels that the trainer's vision tower sees, already resized. The engine expands
-    the placeholder itself, and must arrive at our ids. One request asks for n responses, so that a
-    prompt is prefilled once and its picture encoded once (prefix and encoder cache).
+    Prompts go in as what vLLM's own preprocessing makes of a question and its pictures: the
+    trainer's token ids, and the rows of pixels that the trainer's vision tower sees. So a picture
+    is decoded and processed once, for both. One request asks for n responses, so that a prompt is
+    prefilled once and its picture encoded once (prefix and encoder cache).
 
     The engine's logits pass through the trainer's own policy_logits before anything is done to
     them. So banned tokens cannot be sampled, and the engine's raw log-probs are those of the
@@ -100,6 +101,7 @@ class VLLMSampler(Sampler):
             mm_processor_kwargs={
                 "size": {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
             },
+            mm_device_do_normalize=False,  # pixels come normalised (_input)
             mm_processor_cache_gb=0,  # pictures rarely come back, and these caches have leaked
             generation_config="vllm",  # no sampling defaults from the model's own folder
             disable_log_stats=True,
@@ -110,9 +112,9 @@ class VLLMSampler(Sampler):
         requests = [self._request(p, n, name, limit) for p, name in zip(prompts, names)]
         requests, mine = self._of_all(requests)
         refused, done = {}, {}
-        for i, (prompt, params) in enumerate(requests):
+        for i, (parts, params) in enumerate(requests):
             try:
-                self.engine.add_request(str(i), prompt, params)
+                self.engine.add_request(str(i), self._input(*parts), params)
             except Exception as error:  # it raises errors of many kinds, assertions among them
                 refused[i] = str(error).strip().split("\n")[0] or type(error).__name__
         with Bar("sampling", len(requests) - len(refused), "prompts") as bar:
@@ -123,7 +125,7 @@ class VLLMSampler(Sampler):
         for i, prompt in zip(mine, prompts):
             if i in refused:
                 refuse(prompt, refused[i])
-        return [self._read(done[i], p) if i in done else None for i, p in zip(mine, prompts)]
+        return [self._read(done[i]) if i in done else None for i in mine]
 
     def _of_all(self, requests):
         """The processes of one engine must ask for the same, in one order -> (requests of them all,
@@ -139,19 +141,14 @@ class VLLMSampler(Sampler):
         return everything, range(start, start + len(requests))
 
     def _request(self, prompt, n, name, limit):
-        """-> (what vLLM calls a prompt, its sampling parameters)"""
-        from PIL import Image
+        """-> ((token ids, pixels or None, grid or None), vLLM's sampling parameters)"""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        request = {"prompt_token_ids": fold_placeholders(prompt.ids, self.pad)}
-        if prompt.grid is not None:
-            parts = zip(prompt.pixels.split(prompt.grid.prod(-1).tolist()), prompt.grid)
-            pictures = [to_picture(rows, grid, self.image_processor) for rows, grid in parts]
-            request["multi_modal_data"] = {"image": [Image.fromarray(x.numpy()) for x in pictures]}
+        pixels = prompt.pixels if prompt.grid is None else prompt.pixels.to(DTYPES[self.cfg.dtype])
         # Response g is drawn with seed + g.
         seed = int(torch.randint(2**62, (), generator=generator(*name)))
-        return request, SamplingParams(
+        return (prompt.ids, pixels, prompt.grid), SamplingParams(
             n=n,
             temperature=1.0,
             top_p=self.cfg.top_p,
@@ -164,15 +161,35 @@ class VLLMSampler(Sampler):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _read(self, out, prompt):
+    def _input(self, ids, pixels, grid):
+        """ids (P,), pixels (N, D), grid (K, 3) -> what vLLM calls an engine input. Raises
+        ValueError where ids and pictures do not fit each other."""
+        from vllm.inputs import mm_input, tokens_input
+        from vllm.multimodal.inputs import MultiModalFieldConfig as Field
+        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+
+        if grid is None:
+            return tokens_input(ids.tolist())
+        rows, tokens = grid.prod(-1), picture_tokens(grid, self.image_processor)
+        places = (ids == self.pad).nonzero()[:, 0]
+        if len(places) != sum(tokens):
+            raise ValueError(f"{len(places)} tokens stand for pictures that take {sum(tokens)}")
+        fields = {
+            "pixel_values": Field.flat_from_sizes("image", rows),
+            "image_grid_thw": Field.batched("image", keep_on_cpu=True),
+        }
+        values = {"pixel_values": pixels, "image_grid_thw": grid}
+        items = MultiModalKwargsItems.from_hf_inputs(values, fields)
+        # The engine's caches know a picture by this name.
+        parts = zip(pixels.split(rows.tolist()), grid.tolist())
+        hashes = [
+            sha256(bytes_of(part) + repr(shape).encode()).hexdigest() for part, shape in parts
+        ]
+        ranges = [PlaceholderRange(int(at[0]), len(at)) for at in places.split(tokens)]
+        return mm_input(ids.tolist(), items, {"image": hashes}, {"image": ranges})
+
+    def _read(self, out):
         """What vLLM returns -> Rollout"""
-        if list(out.prompt_token_ids) != prompt.ids.tolist():
-            fail(
-                f"vLLM reads example {prompt.example.id} as {len(out.prompt_token_ids)} tokens and "
-                f"the trainer as {len(prompt.ids)}: the model folder's image processor does not "
-                "fit --min_pixels and --max_pixels",
-                here=True,
-            )
         logprobs = [
             torch.tensor([at[t].logprob for at, t in zip(o.logprobs, o.token_ids)])
             for o in out.outputs
@@ -215,6 +232,11 @@ class VLLMSampler(Sampler):
         if self.asleep:
             self.llm.wake_up(tags=[what])
             self.asleep = what != "kv_cache"
+
+
+def bytes_of(x):
+    """The bytes of a tensor in host memory."""
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @contextlib.contextmanager

@@ -86,9 +86,9 @@ def resized(width, height, image_processor):
 def final_size(width, height, image_processor):
     """The size that resizing arrives at: resized again, it stays.
 
-    The engine is handed a picture that was resized here, and resizes it again; where rounding to
-    whole tokens leaves the limits, once is not enough. Raises ValueError where it never ends, the
-    limits being too near each other, or where the result is too narrow to be resized again.
+    Where rounding to whole tokens leaves the limits, once is not enough. Raises ValueError where it
+    never ends, the limits being too near each other, or where the result is too narrow to be
+    resized again.
     """
     size = width, height
     for _ in range(20):
@@ -123,13 +123,6 @@ def to_picture(pixels, grid, image_processor):
     x = x.permute(0, 3, 1, 4, 2).reshape(h * p, w * p, 3)  # rows, columns, channels
     x = x * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def fold_placeholders(ids, pad):
-    """Each run of image placeholders back to one, as vLLM wants them. ids (P,) -> list of ints"""
-    first = torch.ones(len(ids), dtype=torch.bool)
-    first[1:] = (ids[1:] != pad) | (ids[:-1] != pad)
-    return ids[first].tolist()
 
 
 # ---------------------------------------------------------------------------------------- models
