@@ -1,5 +1,6 @@
 """bench/paper_on_a_laptop.py: its rules on numbers whose verdict is known, and its results."""
 
+import json
 import re
 import sys
 
@@ -155,6 +156,17 @@ def test_two_stages_on_fine_grained_kinds(tmp_path):
     assert "| TAPO above DAPO | seen, open | confirmed | +20.0 points (+20.0 .. +20.0) |" in page
     fine_grained.figure(results, tmp_path / "val.png")
     assert (tmp_path / "val.png").stat().st_size > 1000
+
+
+def test_the_page_of_the_kinds_is_that_of_its_runs_and_another_quotes_it():
+    results = json.loads((ROOT / "results" / "fine_grained.json").read_text())
+    page = fine_grained.page({(run["arm"], run["seed"]): run for run in results})
+    assert page == (ROOT / "results" / "fine_grained.md").read_text()
+    told = (ROOT / "docs" / "after-papo.md").read_text()
+    rows = [
+        x for x in told.splitlines() if x.startswith(("| base", "| CoT", "| DAPO |", "| TAPO |"))
+    ]
+    assert len(rows) == 4 and all(row in page for row in rows)
 
 
 def test_lora_is_held_against_full_training_and_against_no_training():
