@@ -14,84 +14,35 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.data import Example, encode  # noqa: E402
-from plumbing.families import image_processor_class  # noqa: E402
+from plumbing.families import family_of, image_processor_class  # noqa: E402
+from plumbing.shapes import SHAPES as PUBLISHED  # noqa: E402
 from toy.model import new_policy, tokenizer, visual_token_ids  # noqa: E402
 
-# The published configurations (huggingface.co/Qwen/<name>/config.json): language model, vision
-# tower.
-SHAPES = {
-    "toy": None,
-    "qwen2.5-vl-3b": (
-        dict(
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-            vocab_size=151936,
-            tie_word_embeddings=True,
-        ),
-        dict(out_hidden_size=2048, intermediate_size=3420),
-    ),
-    "qwen2.5-vl-7b": (
-        dict(
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            vocab_size=152064,
-            tie_word_embeddings=False,
-        ),
-        dict(out_hidden_size=3584, intermediate_size=3420),
-    ),
-}
-TOWER = dict(
-    depth=32,
-    hidden_size=1280,
-    num_heads=16,
-    patch_size=14,
-    window_size=112,
-    fullatt_block_indexes=[7, 15, 23, 31],
-)
-ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0}
+SHAPES = {"toy": None, **PUBLISHED}
 
 
-def build(shape, folder, device="cpu", layers=None):
-    """Write the model folder, unless it is there already -> the folder. layers: fewer than the
-    shape has, for the decoder."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def build(shape, folder, device="cpu"):
+    """Write the model folder, unless it is there already -> the folder."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
     tok = tokenizer()
     if SHAPES[shape] is None:
-        vlm = new_policy(tok)
+        vlm, looks = new_policy(tok), {}
     else:
-        text, vision = SHAPES[shape]
-        text = text | ({"num_hidden_layers": layers} if layers else {})
-        config = Qwen2_5_VLConfig(
-            text_config={
-                **text,
-                "max_position_embeddings": 32768,
-                "rope_parameters": ROPE,
-                "bos_token_id": None,
-                "eos_token_id": tok.eos_token_id,
-                "pad_token_id": tok.pad_token_id,
-            },
-            vision_config={**TOWER, **vision},
-            tie_word_embeddings=text["tie_word_embeddings"],
-            **visual_token_ids(tok),
-        )
+        ends = dict(bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+        settings = SHAPES[shape] | visual_token_ids(tok)
+        settings["text_config"] = settings["text_config"] | ends
+        config = AutoConfig.for_model(**settings)
+        looks = family_of(config).toy_processor
         with torch.device(device):
-            torch.set_default_dtype(torch.bfloat16)
-            vlm = Qwen2_5_VLForConditionalGeneration(config)
-            torch.set_default_dtype(torch.float32)
+            vlm = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     vlm.save_pretrained(folder)
     tok.save_pretrained(folder)
     limits = dict(min_pixels=28 * 28, max_pixels=1280 * 28 * 28)
-    image_processor_class()(**limits).save_pretrained(folder)
+    image_processor_class()(**limits, **looks).save_pretrained(folder)
     return folder
 
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from plumbing.common import fail, may_write
 from plumbing.config import same_run
 from plumbing.console import doing
+from plumbing.lora import count
 from plumbing.policy import save as save_model
 
 # Frozen weights are those of the model that the run starts from, when it is resumed as well.
@@ -79,21 +80,21 @@ def open_folder(out, cfg, say):
     return whole(out)[-1] if whole(out) else None
 
 
-def bytes_of(parameters, cfg):
-    """Of one checkpoint, in float32: the weights for other programs, with LoRA those of the adapter
-    alone; and of what is trained the weights for this one and two moments."""
-    parameters = list(parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return 12 * trained + 4 * (trained if cfg.lora_rank else sum(p.numel() for p in parameters))
+def bytes_of(trained, frozen, cfg):
+    """Of one checkpoint of so many parameters, in float32: the weights for other programs, with
+    LoRA those of the adapter alone; and of what is trained the weights for this one and two
+    moments."""
+    return 16 * trained + 4 * (0 if cfg.lora_rank else frozen)
 
 
-def check_space(parameters, steps, cfg, say):
+def check_space(model, steps, cfg, say):
     """Say what a run's checkpoints will take; end with a sentence if the disk cannot hold that.
 
-    parameters: the model's; steps: the run's last one. While one is saved, the oldest of those that
-    --keep counts is still there. A measurement, which has opened no folder, saves nothing.
+    model: may be on the device "meta"; steps: the run's last one. While one is saved, the oldest
+    of those that --keep counts is still there. A measurement, which has opened no folder, saves
+    nothing.
     """
-    out, one = Path(cfg.out), bytes_of(parameters, cfg)
+    out, one = Path(cfg.out), bytes_of(*count(model), cfg)
     if not out.is_dir():
         return
     there = [int(p.name.split("-")[1]) for p in whole(out)]
@@ -133,7 +134,7 @@ def save(out, counters, parts):
         if processes.first:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
-            if shutil.disk_usage(out).free < bytes_of(parts.policy.parameters(), parts.cfg):
+            if shutil.disk_usage(out).free < bytes_of(*count(parts.policy), parts.cfg):
                 raise OSError(errno.ENOSPC, "no space left")
         processes.barrier()
         save_model(parts.policy, making, parts.folder, parts.cfg, processes.first)

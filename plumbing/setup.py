@@ -8,12 +8,17 @@ update they may be whole, 4 N (optimiser.whole_gradients); and the sampler holds
 no reference, and the frozen model takes 2 bytes a parameter over W.
 """
 
-from dataclasses import dataclass, replace
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from masking import Masker
 from plumbing.checkpoint import check_space
+from plumbing.common import fail
 from plumbing.config import Config
 from plumbing.console import doing, say
 from plumbing.data import Stream, encode_with
@@ -78,6 +83,7 @@ def setup(cfg):
     processes = Processes()
     log = open_log(cfg, processes.first)
     folder = processes.one_by_one(lambda: model_folder(cfg.model, cfg))
+    must_fit(folder, cfg, processes)
     processors = load_processors(folder, cfg)
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
     second = cfg.second_pictures
@@ -90,7 +96,7 @@ def setup(cfg):
         if processes.first:
             warn_of_shared_rows(examples, validation[split])
     masker = Masker(cfg, processors[1], processes.device)
-    check_space(shape_of(folder, cfg).parameters(), cfg.steps, cfg, say)
+    check_space(shape_of(folder, cfg), cfg.steps, cfg, say)
 
     banned = banned_tokens(folder, processors[0]).to(processes.device)
     with doing(f"loading the policy, {folder}", aloud=True):
@@ -134,6 +140,43 @@ def setup(cfg):
 def model_folder(name, cfg):
     """The toy, made once; a local folder as it is; a hub name downloaded once."""
     return build(cfg.warm_steps, name, cfg.trust) if name in TOYS else find_model(name)
+
+
+def must_fit(folder, cfg, processes):
+    """On GPUs, end with a sentence if this run does not fit on them. Collective."""
+    if processes.device.type == "cuda":
+        memory = device_memory(processes.device)
+        with doing("planning what each GPU has to hold", aloud=True):
+            asked = [why_not(folder, cfg, processes.world, memory)] if processes.first else []
+        (short,) = processes.gather(asked)
+        if short:
+            fail(short)
+
+
+def why_not(folder, cfg, world, memory):
+    """Why a run does not fit on `world` GPUs of `memory` bytes, as a sentence; "" if it does.
+
+    Asked of plumbing/fit.py in a process of its own: its group of processes that do not exist
+    cannot live beside a real one. It sees no GPU, and nothing of the run that it belongs to. A
+    planner that breaks, on a model that it cannot simulate, stops no run.
+    """
+    question = dict(folder=str(folder), cfg=asdict(cfg), world=world, memory=memory)
+    program, root = [sys.executable, "-m", "plumbing.fit", "--question"], Path(__file__).parents[1]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = kept | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        program,
+        input=json.dumps(question),
+        cwd=root,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        say(f"note: whether this run fits is not known, the planner stopped ({why})")
+        return ""
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def splits_of(data):

@@ -180,7 +180,7 @@ def setup(cfg):
     shape = shape_of(folder, cfg)
     if cfg.freeze_vision:
         family_of(shape.config).tower(shape).requires_grad_(False)
-    check_space(shape.parameters(), steps, cfg, say)
+    check_space(shape, steps, cfg, say)
 
     # Nothing is banned: the softmax of the likelihood runs over the whole vocabulary, so the
     # tokens that must not be sampled become less likely too.

@@ -24,6 +24,7 @@ import papo
 import train as module
 from plumbing import checkpoint
 from plumbing.config import Config, check, resolve
+from plumbing.lora import count
 from plumbing.policy import shape_of
 from plumbing.setup import setup
 from rollout import TransformersSampler
@@ -446,18 +447,18 @@ def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
 
 def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
     """100 trained and 50 frozen parameters, 16 and 4 bytes each, are 1,800 bytes a checkpoint."""
-    frozen = torch.nn.Parameter(torch.zeros(50), requires_grad=False)
-    parameters, said = [torch.nn.Parameter(torch.zeros(100)), frozen], []
+    frozen = torch.nn.Linear(50, 1, bias=False).requires_grad_(False)
+    model, said = torch.nn.Sequential(torch.nn.Linear(100, 1, bias=False), frozen), []
     full, lora = SimpleNamespace(lora_rank=0), SimpleNamespace(lora_rank=4)
-    assert checkpoint.bytes_of(parameters, full) == 1800
-    assert checkpoint.bytes_of(parameters, lora) == 1600  # what is frozen is not in it
+    assert checkpoint.bytes_of(100, 50, full) == 1800
+    assert checkpoint.bytes_of(100, 50, lora) == 1600  # what is frozen is not in it
 
     def check(free, steps=20, **flags):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         cfg = SimpleNamespace(
             out=str(tmp_path), lora_rank=0, **{"save_every": 5, "keep": 2, **flags}
         )
-        checkpoint.check_space(parameters, steps, cfg, said.append)
+        checkpoint.check_space(model, steps, cfg, said.append)
 
     too_much = [
         (5399, {}),  # 2 and one more
@@ -484,7 +485,7 @@ def test_a_checkpoint_is_as_large_as_was_said(finished):
     cfg = Config(**json.loads((out / "config.json").read_text())["config"])
     shape = shape_of(out / "checkpoint-6", cfg)
     size = sum(f.stat().st_size for f in (out / "checkpoint-6").rglob("*") if f.is_file())
-    assert checkpoint.bytes_of(shape.parameters(), cfg) == pytest.approx(size, rel=0.1)
+    assert checkpoint.bytes_of(*count(shape), cfg) == pytest.approx(size, rel=0.1)
     assert re.search(r"checkpoints: 0.0\d+ GB each, at most 3 at a time", stdout)
 
 

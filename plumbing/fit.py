@@ -1,0 +1,148 @@
+"""Does a run fit? What each GPU holds in each phase of it, before anything is loaded.
+
+    python -m plumbing.fit --model qwen2.5-vl-7b --gpus 4 --memory 80     (and any flag of train.py)
+
+What a run keeps are sums (plumbing/memory.py); what comes and goes during an update is simulated
+(plumbing/simulation.py). GB are 10^9 bytes. docs/gpus.md has a table of machines and models, and
+says what this does not know.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from plumbing.common import fail
+from plumbing.config import Config, check, parser, resolve
+from plumbing.memory import Model, nearest, pass_tokens, plan
+from plumbing.shapes import SHAPES
+from plumbing.simulation import count_parameters, settings_of, simulate
+
+
+def measuring(model, world):
+    """A measure for plan that simulates each kind of pass once."""
+
+    measured = {}
+
+    def measure(cfg, exchange):
+        kind = cfg.activation_checkpointing, pass_tokens(cfg), exchange
+        if kind not in measured:
+            measured[kind] = simulate(model.settings, cfg, world, kind[1], exchange)
+        return measured[kind]
+
+    return measure
+
+
+def of_model(name, cfg):
+    """A folder with a config.json, or a published name -> Model"""
+    known = next((key for key in SHAPES if key in name.lower()), None)
+    if (Path(name) / "config.json").is_file():
+        settings = settings_of(name)
+    elif known:
+        settings = SHAPES[known]
+    else:
+        fail(f"--model {name}: no folder with a config.json, and none of {', '.join(SHAPES)}")
+    trained, frozen = count_parameters(settings, cfg)
+    return Model(settings, trained + frozen, frozen)
+
+
+def gb(n):
+    return f"{n / 1e9:.1f}"
+
+
+def table(made):
+    """A Plan as a Markdown table, a line a phase, GB on each GPU."""
+    parts = "weights moments gradients reference activations engine outside".split()
+    lines = ["| phase | " + " | ".join(parts) + " | all |", "|---" * (len(parts) + 2) + "|"]
+    for phase, row in made.phases.items():
+        cells = [gb(row.get(part, 0.0)) for part in parts] + [gb(sum(row.values()))]
+        lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(model, cfg, world, memory, measure):
+    """-> (Plan, "" if it fits, or one sentence with what is short and the nearest that fits)"""
+    made = plan(model, cfg, world, memory, measure)
+    if made.fits:
+        return made, ""
+    if made.missing > 0:
+        short = (
+            f"the engine needs {gb(made.missing)} GB more than its --gpu_memory_utilization "
+            f"{cfg.gpu_memory_utilization} of {gb(memory)} GB"
+        )
+    else:
+        phase = max(made.phases, key=lambda name: sum(made.phases[name].values()))
+        needed = gb(sum(made.phases[phase].values()))
+        short = f"{phase} needs {needed} GB on each of {world} GPUs that have {gb(memory)}"
+    ways = [" with ".join(moves) for moves in nearest(model, cfg, world, memory, measure)]
+    advice = f"these fit: {', or '.join(ways)}" if ways else "no change that is known here fits"
+    return made, f"this does not fit: {short}; {advice} (docs/gpus.md)"
+
+
+def row(name, world, gigabytes, flags=""):
+    """A line of the table in docs/gpus.md: what the planner says of one machine and model."""
+    given = vars(parser().parse_args(["--model", name, "--sampler", "vllm", *flags.split()]))
+    cfg = resolve(given, cuda=True)[0]
+    model = of_model(name, cfg)
+    made, short = verdict(model, cfg, world, gigabytes * 1e9, measuring(model, world))
+    totals = " | ".join(gb(sum(parts.values())) for parts in made.phases.values())
+    says = short.split("; ")[-1].removesuffix(" (docs/gpus.md)") if short else "fits"
+    flags = f" `{flags}`" if flags else ""
+    return f"| {world} x {gigabytes} GB | {name}{flags} | {totals} | {gb(made.disk)} | {says} |"
+
+
+# The machines and models of docs/gpus.md.
+ROWS = [
+    ("qwen3-vl-2b", 1, 80),
+    ("qwen3-vl-2b", 2, 80),
+    ("qwen2.5-vl-3b", 1, 80),
+    ("qwen2.5-vl-3b", 2, 80),
+    ("qwen2.5-vl-3b", 4, 80),
+    ("qwen2.5-vl-7b", 2, 80),
+    ("qwen2.5-vl-7b", 4, 80),
+    ("qwen2.5-vl-7b", 8, 80),
+    ("qwen2.5-vl-3b", 1, 24, "--card 24gb"),
+]
+
+
+def answer(question):
+    """What setup asks, {folder, cfg, world, memory} -> "" or the sentence to stop with"""
+    cfg, world = Config(**question["cfg"]), question["world"]
+    model = of_model(question["folder"], cfg)
+    return verdict(model, cfg, world, question["memory"], measuring(model, world))[1]
+
+
+def main():
+    """Print what a run would take; exit with a sentence if it does not fit."""
+    if sys.argv[1:] == ["--question"]:
+        print(json.dumps(answer(json.load(sys.stdin))))
+        return
+    if sys.argv[1:] == ["--rows"]:
+        for line in ROWS:
+            print(row(*line), flush=True)
+        return
+    p = parser(Config, __doc__.split("\n")[0])
+    p.add_argument("--gpus", type=int, default=1, help="processes, one on each GPU")
+    p.add_argument("--memory", type=float, default=80, help="of one GPU, in GB of 10^9 bytes")
+    flags = vars(p.parse_args())
+    world, memory = flags.pop("gpus"), 1e9 * flags.pop("memory")
+    flags.setdefault("sampler", "vllm")
+    cfg = resolve(flags, cuda=True)[0]
+    check(cfg, world, cuda=True)
+    model = of_model(cfg.model, cfg)
+    made, short = verdict(model, cfg, world, memory, measuring(model, world))
+    print(
+        f"{cfg.model}, {model.parameters / 1e9:.2f} billion parameters; {world} x {gb(memory)} GB\n"
+    )
+    print(table(made))
+    how = "at every pass" if made.exchange else "once an update"
+    print(
+        f"\ngradients are exchanged {how}; --sleep {made.level}; {gb(made.disk)} GB of checkpoints"
+    )
+    if made.host:
+        print(f"in host memory: {gb(made.host)} GB for each process")
+    print("it fits" if not short else f"error: {short}")
+    sys.exit(1 if short else 0)
+
+
+if __name__ == "__main__":
+    main()
