@@ -146,7 +146,7 @@ def main():
     p.add_argument("--twitter", type=Path, help="folder of emoji-datasource-twitter")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "emoji")
     p.add_argument("--most", type=int, default=12, help="emoji of a subcategory")
-    p.add_argument("--updates", type=int, default=300, help="of supervised learning")
+    p.add_argument("--updates", type=int, default=150, help="of supervised learning")
     p.add_argument("--steps", type=int, default=30, help="of reinforcement learning")
     p.add_argument("--algos", nargs="+", choices=algorithms(), default=["dapo", "tapo"])
     args = p.parse_args()
