@@ -173,7 +173,8 @@ def test_the_simulation_holds_what_a_real_run_of_two_processes_holds(folder, tmp
         here = simulate(settings_of(folder), cfg, 2, 2048, exchange, depth=(4, 2))
         assert here.weights == pytest.approx(real["weights"], rel=0.01)
         assert here.moments == pytest.approx(real["moments"], rel=0.01)
-        assert here.gradients == pytest.approx(real[gradients], rel=0.01)
+        # A pass leaves its log-probs of 2,048 tokens behind until the next one overwrites them.
+        assert 0 <= here.gradients - real[gradients] < 64 * 2048
 
 
 def deep():
@@ -200,7 +201,7 @@ def test_a_run_that_does_not_fit_is_stopped_with_a_sentence(folder, tmp_path, ca
     cfg = config(model=str(folder))
     assert why_not(folder, cfg, 2, 1e6).startswith("this does not fit: ")
     assert why_not(tmp_path, cfg, 2, 1e6) == ""  # no model to simulate: the run goes on
-    assert "whether this run fits is not known" in capsys.readouterr().err
+    assert "whether this run fits is not known" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -245,3 +246,5 @@ def test_the_table_in_the_docs_is_the_planners_output(line):
 def test_the_table_in_the_docs_has_every_row():
     shown = [tuple(re.match(r"\| (\d+) x (\d+) GB \| ([\w.-]+)", x).groups()) for x in documented()]
     assert shown == [(str(world), str(memory), name) for name, world, memory, *_ in ROWS]
+    quoted = re.findall(r"^\| \d+ x \d+ GB .*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(quoted) == 3 and set(quoted) <= set(documented())

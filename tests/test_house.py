@@ -128,6 +128,14 @@ def test_pages_name_what_exists(page):
         assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
+def test_the_map_names_every_file():
+    named = set(re.findall(r"(\w+\.py)", (ROOT / "docs" / "map.md").read_text()))
+    there = {
+        path.name for folder in ("plumbing", "toy", "bench") for path in ROOT.glob(f"{folder}/*.py")
+    }
+    assert there - named == {"__init__.py"}
+
+
 def test_results_say_nothing_of_the_machine_they_come_from():
     for file in ROOT.glob("results/*.json*"):
         assert not re.findall(r'["\' =]/[a-z]+/[^"]*', file.read_text()), file.name
