@@ -172,8 +172,8 @@ def test_the_simulation_holds_what_a_real_run_of_two_processes_holds(folder, tmp
     for exchange, gradients in ((False, "whole"), (True, "shards")):
         here = simulate(settings_of(folder), cfg, 2, 2048, exchange, depth=(4, 2))
         assert here.weights == pytest.approx(real["weights"], rel=0.01)
-        assert here.moments == pytest.approx(real["moments"], rel=0.01)
-        # A pass leaves its log-probs of 2,048 tokens behind until the next one overwrites them.
+        # An update leaves a few numbers for each of its 2,048 tokens behind.
+        assert 0 <= here.moments - real["moments"] < 64 * 2048
         assert 0 <= here.gradients - real[gradients] < 64 * 2048
 
 
