@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from paper_on_a_laptop import NAME as LAPTOP
-from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, verdict
+from paper_on_a_laptop import ROOT, SEEDS, Runs, verdict
 from side_by_side import with_interval
 
 from plumbing.config import parser, resolve
@@ -25,19 +25,16 @@ from toy.model import new_policy, tokenizer
 NAME = "lora"
 # (label, algorithm, rank of the adapters; 0: all weights are trained)
 METHODS = [
-    ("GRPO", "grpo", 0),
-    ("GRPO, LoRA", "grpo", 16),
     ("PAPO_G", "papo_g", 0),
     ("PAPO_G, LoRA", "papo_g", 16),
     ("PAPO_G, LoRA of rank 1", "papo_g", 1),
 ]
 ABOUT = """Written by `python bench/lora.py`. Accuracies are per cent, avg@4 on 256 questions a
 split, means over seeds with their 95 % interval (Student's t). Differences are in points, on
-`vision`, with the same seeds on both sides. Seconds include validation, and depend on what else the
-machine did."""
+`vision`, with the same seeds on both sides."""
 HEADS = (
     "method, command, trained parameters, vision, general, wrong hints followed, learned, does it "
-    "learn, against full training, is it above, seconds a step, seeds"
+    "learn, against full training, is it above, seeds"
 ).split(", ")
 
 
@@ -69,9 +66,7 @@ def row(method, runs, seeds, steps):
     if rank and both:
         pair = (runs.after(f, both) for f in (full, flags))
         against = verdict([y - x for x, y in zip(*pair)])
-    done = [runs.done[flags, seed] for seed in seeds]
-    pace = interval([run["seconds"] / run["config"]["steps"] for run in done])[0]
-    cells += [learned[1], learned[0], against[1], against[0], f"{pace:.1f}", str(len(seeds))]
+    cells += [learned[1], learned[0], against[1], against[0], str(len(seeds))]
     return [label, f"`train.py {flags}`", f"{trained(flags):,}", *cells]
 
 

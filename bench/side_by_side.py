@@ -2,6 +2,7 @@
 
     python bench/side_by_side.py            # train what is missing; a run is 3 to 5 minutes
     python bench/side_by_side.py --judge    # train nothing; write the table of what there is
+    python bench/side_by_side.py --pace     # time the methods in turn, on a quiet machine; minutes
 
 Runs are those of paper_on_a_laptop.py: the command train.py with one thread, two runs at a time,
 kept in the same folder and gone on with after an interruption. What its results file holds already
@@ -10,10 +11,18 @@ paper builds on, by the rule there. Writes results/side_by_side.json and results
 """
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from paper_on_a_laptop import NAME as LAPTOP
 from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, verdict
+
+from plumbing.report import read_metrics
 
 NAME = "side_by_side"
 # (label, algorithm, what it builds on, what it uses the second picture as)
@@ -28,11 +37,11 @@ METHODS = [
 ]
 ABOUT = """Written by `python bench/side_by_side.py`. Accuracies are per cent, avg@4 on 256
 questions a split, means over seeds with their 95 % interval (Student's t). A difference is in
-points, with the same seeds on both sides. Seconds include validation, and depend on what else the
-machine did."""
+points, with the same seeds on both sides. The time of a step is that of GRPO's, from short runs of
+all methods in turn (`--pace`)."""
 HEADS = (
     "method, algorithm, second picture, vision, general, wrong hints followed, vision against its "
-    "base, is it above, seconds a step, seeds"
+    "base, is it above, time a step, seeds"
 ).split(", ")
 
 
@@ -47,8 +56,11 @@ def with_interval(values):
     return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def row(label, algo, base, use, runs):
-    """One method's line of the table, over the seeds that there are -> cells, [] without any"""
+def row(label, algo, base, use, runs, pace):
+    """One method's line of the table, over the seeds that there are -> cells, [] without any
+
+    pace: {algorithm: seconds a step}
+    """
     seeds = [seed for seed in SEEDS if job(algo, seed) in runs.done]
     if not seeds:
         return []
@@ -60,15 +72,28 @@ def row(label, algo, base, use, runs):
     if both:
         pair = (runs.after(f"--algo {a}", both) for a in (base, algo))
         against = verdict([y - x for x, y in zip(*pair)])
-    done = [runs.done[job(algo, seed)] for seed in seeds]
-    pace = interval([run["seconds"] / run["config"]["steps"] for run in done])[0]
-    cells += [against[1], against[0], f"{pace:.1f}", str(len(seeds))]
+    time = f"{pace[algo] / pace['grpo']:.1f}" if pace else ""
+    cells += [against[1], against[0], time, str(len(seeds))]
     return [label, f"`train.py {flags}`", use, *cells]
 
 
-def page(runs):
+def paces(folder, rounds=2, steps=3):
+    """{algorithm: seconds a step}, the median of short runs in turn; the first step warms up."""
+    seconds = {algo: [] for _, algo, _, _ in METHODS}
+    for r in range(rounds):
+        for algo, times in seconds.items():
+            out = folder / f"{algo}-{r}"
+            flags = f"--algo {algo} --steps {steps} --sampler hf --eval_every 0 --eval_questions 2"
+            command = [sys.executable, ROOT / "train.py", *flags.split(), "--out", out]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+            times += [m["seconds"] for m in read_metrics(out)[1:]]
+    return {algo: round(statistics.median(times), 3) for algo, times in seconds.items()}
+
+
+def page(runs, pace=None):
     """The table as text."""
-    rows = [cells for method in METHODS if (cells := row(*method, runs))]
+    rows = [cells for method in METHODS if (cells := row(*method, runs, pace))]
     lines = [HEADS, ["---"] * len(HEADS), *rows]
     table = ["| " + " | ".join(cells) + " |" for cells in lines]
     return "\n".join(["# Side by side", "", ABOUT, "", *table, ""])
@@ -79,17 +104,22 @@ def main():
     p.add_argument("--judge", action="store_true", help="train nothing: write the table again")
     p.add_argument("--work", default=ROOT / "out" / "laptop", help="where the runs are kept")
     p.add_argument("--out", default=ROOT / "results", type=Path, help="where results are written")
+    p.add_argument("--pace", action="store_true", help="train nothing: time the methods again")
     args = p.parse_args()
     runs, file = Runs(args.work), args.out / f"{NAME}.json"
+    pace = json.loads(file.read_text()).get("pace") if file.exists() else None
     wanted = [job(algo, seed) for seed in SEEDS for _, algo, _, _ in METHODS]
     for known in (ROOT / "results" / f"{LAPTOP}.json", file):
         runs.load(known)
     runs.done = {j: runs.done[j] for j in wanted if j in runs.done}
-    if not args.judge:
+    if args.pace:
+        with TemporaryDirectory() as folder:
+            pace = paces(Path(folder))
+    elif not args.judge:
         runs.train(wanted, file)
-    text = page(runs)
+    text = page(runs, pace)
     print(text)
-    runs.save(file)
+    runs.save(file, pace=pace)
     (args.out / f"{NAME}.md").write_text(text)
 
 

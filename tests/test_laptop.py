@@ -122,20 +122,22 @@ def test_methods_side_by_side(tmp_path):
             accuracy = 0.4 + 0.05 * level + 0.01 * seed
             summary = {"accuracy": accuracy, "followed": 1 - accuracy}
             runs.done[side_by_side.job(algo, seed)] = {
-                "seconds": 60 + 30 * level,
-                "config": {"steps": 30},
                 "after": {"general": summary, "vision": summary},
             }
     del runs.done[side_by_side.job("dapo", 1)]
-    table = [line.split(" | ") for line in side_by_side.page(runs).splitlines() if "`" in line]
+    pace = {algo: 2.0 + level for level, (_, algo, _, _) in enumerate(side_by_side.METHODS)}
+    table = [
+        line.split(" | ") for line in side_by_side.page(runs, pace).splitlines() if "`" in line
+    ]
     lines = {cells[0].strip("| "): cells for cells in table if len(cells) > 3}
     assert list(lines) == [label for label, *_ in side_by_side.METHODS]
     # 40 + 1 .. 5 per cent: the mean is 43, and t(4) 1.5811 / sqrt(5) is 1.96.
     assert lines["GRPO"][3:6] == ["43.0 ± 2.0", "43.0 ± 2.0", "57.0 ± 2.0"]
-    assert lines["GRPO"][6:8] == ["", ""] and lines["GRPO"][8] == "2.0"
+    assert lines["GRPO"][6:8] == ["", ""] and lines["GRPO"][8] == "1.0"
     assert lines["PAPO_G"][6:8] == ["+5.0 points (+5.0 .. +5.0)", "confirmed"]
     # Two seeds that both have: 2 and 3.
-    assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)" and lines["VPPO"][9] == "3 |"
+    assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)"
+    assert lines["VPPO"][8:] == ["3.5", "3 |"]  # 7 seconds to GRPO's 2
 
 
 def test_two_stages_on_fine_grained_kinds(tmp_path):
@@ -181,8 +183,6 @@ def test_lora_is_held_against_full_training_and_against_no_training():
             runs.done[flags, seed] = {
                 "before": dict.fromkeys(("vision", "general"), {"accuracy": 0.5}),
                 "after": dict.fromkeys(("vision", "general"), split),
-                "seconds": 60,
-                "config": {"steps": 30},
             }
     lines = lora.page(runs, seeds, None).splitlines()
     full, adapters = ([c.strip() for c in line.split("|")[1:-1]] for line in lines[-2:])
