@@ -170,6 +170,7 @@ def main():
         flags |= {"sampler": "hf"}
         run("train.py", flags | TINY | {"steps": args.steps, "eval_every": 0})
         accuracy[algo] = json.loads((args.out / algo / "evaluation.json").read_text())
+    (args.out / "emoji.json").write_text(json.dumps(accuracy))
     print("Twitter's drawings of the classes that reinforcement learning has not seen, avg@8:")
     for algo, both in accuracy.items():
         shown = (f"{when} {100 * both[when]['test']['accuracy']:.1f} %" for when in both)

@@ -171,6 +171,15 @@ def test_the_page_of_the_kinds_is_that_of_its_runs_and_another_quotes_it():
     assert len(rows) == 4 and all(row in page for row in rows)
 
 
+def test_the_emoji_of_the_page_are_those_of_the_run():
+    found = json.loads((ROOT / "results" / "emoji.json").read_text())
+    told = (ROOT / "docs" / "after-papo.md").read_text().split("bench/emoji.py")[-1]
+    before, *after = (float(x) for x in re.findall(r"\d\d\.\d", told))
+    for algo, value in zip(("dapo", "tapo"), after):
+        shown = [round(100 * found[algo][when]["test"]["accuracy"], 1) for when in found[algo]]
+        assert shown == [before, value]
+
+
 def test_lora_is_held_against_full_training_and_against_no_training():
     """One line a method that has runs, what its own rank trains, and the right verdicts."""
     import lora
