@@ -17,6 +17,9 @@ from plumbing.policy import score_only
 from reward import score
 
 LARGEST = (800, 280)  # pixels of a picture in the page, where it is 140 high
+# So many tokens before a token settle its text: in UTF-8 a character has at most four bytes, and a
+# token has at least one.
+CONTEXT = 3
 
 
 def write_samples(parts, examples, out, step, questions=4, n=4):
@@ -76,12 +79,12 @@ def words(tokens, kl, tok):
 
     tokens (n,); kl: a number a token, or None
     """
-    found, so_far = [], ""
+    found = []
     for t in range(len(tokens)):
         nats = kl[t] if kl else 0.0
-        text = tok.decode(tokens[: t + 1])  # a token's own text depends on what precedes it
-        found.append((text[len(so_far) :], nats, min(1.0, nats / DARKEST)))
-        so_far = text
+        # A token's own text depends on what precedes it, but on no more than a character's bytes.
+        before, upto = (tok.decode(tokens[max(0, t - CONTEXT) : i]) for i in (t, t + 1))
+        found.append((upto[len(before) :], nats, min(1.0, nats / DARKEST)))
     return found
 
 
