@@ -180,10 +180,8 @@ class VLLMSampler(Sampler):
         }
         values = {"pixel_values": pixels, "image_grid_thw": grid}
         items = MultiModalKwargsItems.from_hf_inputs(values, fields)
-        # The engine's caches know a picture by this name.
-        parts = zip(pixels.split(rows.tolist()), grid.tolist())
         hashes = [
-            sha256(bytes_of(part) + repr(shape).encode()).hexdigest() for part, shape in parts
+            name_of_picture(*part) for part in zip(pixels.split(rows.tolist()), grid.tolist())
         ]
         ranges = [PlaceholderRange(int(at[0]), len(at)) for at in places.split(tokens)]
         return mm_input(ids.tolist(), items, {"image": hashes}, {"image": ranges})
@@ -234,9 +232,11 @@ class VLLMSampler(Sampler):
             self.asleep = what != "kv_cache"
 
 
-def bytes_of(x):
-    """The bytes of a tensor in host memory."""
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
+def name_of_picture(pixels, shape):
+    """What the engine's caches know a picture by. pixels (N, D), in host memory; shape: patches
+    along t, h, w"""
+    content = pixels.contiguous().view(torch.uint8).numpy().tobytes()
+    return sha256(content + repr(shape).encode()).hexdigest()
 
 
 @contextlib.contextmanager
