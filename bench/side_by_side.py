@@ -37,8 +37,8 @@ METHODS = [
 ]
 ABOUT = """Written by `python bench/side_by_side.py`. Accuracies are per cent, avg@4 on 256
 questions a split, means over seeds with their 95 % interval (Student's t). A difference is in
-points, with the same seeds on both sides. The time of a step is that of GRPO's, from short runs of
-all methods in turn (`--pace`)."""
+points, with the same seeds on both sides. The time of a step is a multiple of GRPO's, from short
+runs of all methods in turn (`--pace`)."""
 HEADS = (
     "method, algorithm, second picture, vision, general, wrong hints followed, vision against its "
     "base, is it above, time a step, seeds"

@@ -171,6 +171,16 @@ def test_the_page_of_the_kinds_is_that_of_its_runs_and_another_quotes_it():
     assert len(rows) == 4 and all(row in page for row in rows)
 
 
+def test_the_page_of_the_methods_is_that_of_their_runs_and_another_quotes_it():
+    runs, file = laptop.Runs("/nowhere"), ROOT / "results" / "side_by_side.json"
+    runs.load(file)
+    page = side_by_side.page(runs, json.loads(file.read_text())["pace"])
+    assert page == file.with_suffix(".md").read_text()
+    told = (ROOT / "docs" / "after-papo.md").read_text()
+    rows = re.findall(r"^\| .*`train.py --algo .*", told, re.M)
+    assert len(rows) == 7 and all(row in page for row in rows)
+
+
 def test_the_emoji_of_the_page_are_those_of_the_run():
     found = json.loads((ROOT / "results" / "emoji.json").read_text())
     told = (ROOT / "docs" / "after-papo.md").read_text().split("bench/emoji.py")[-1]
