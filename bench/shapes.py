@@ -21,8 +21,9 @@ from toy.model import new_policy, tokenizer, visual_token_ids  # noqa: E402
 SHAPES = {"toy": None, **PUBLISHED}
 
 
-def build(shape, folder, device="cpu"):
-    """Write the model folder, unless it is there already -> the folder."""
+def build(shape, folder, device="cpu", layers=None):
+    """Write the model folder, unless it is there already -> the folder. layers: fewer than the
+    shape has, for the decoder."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder = Path(folder)
@@ -32,9 +33,10 @@ def build(shape, folder, device="cpu"):
     if SHAPES[shape] is None:
         vlm, looks = new_policy(tok), {}
     else:
+        few = {"num_hidden_layers": layers} if layers else {}
         ends = dict(bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
         settings = SHAPES[shape] | visual_token_ids(tok)
-        settings["text_config"] = settings["text_config"] | ends
+        settings["text_config"] = settings["text_config"] | ends | few
         config = AutoConfig.for_model(**settings)
         looks = family_of(config).toy_processor
         with torch.device(device):
