@@ -84,8 +84,10 @@ def test_a_stream_read_ahead_is_the_stream(processors, capsys):
 
 
 ENDING = """
-import sys, time
+import signal, sys, time
 from plumbing.ahead import Ahead
+# A job in the background may have inherited that it is not to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def read(item):
     print("read", flush=True)
     time.sleep(0.2)

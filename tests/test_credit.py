@@ -61,7 +61,7 @@ def test_pgpo_by_hand():
     """tau = 0.4 and beta = 2. The first response has log(1 + S) = 0, 0.2, 0.5, 1, which is I as it
     is, so u is 0, 0.2 / 0.4, 1 + 2 * 0.1 / 0.6 and 3, in sum 29 / 6, and w is u * 24 / 29."""
     L, scored = laid_out([[0.0, 0.2, 0.5, 1.0], [0.3, 0.3], [0.1, 0.3]])
-    cfg = settings(algo="pgpo")
+    cfg = settings(algo="pgpo", credit_threshold=0.4, credit_boost=2.0)
     weights = credit.pgpo(L.expm1(), torch.zeros(1, 3), scored, None, cfg)
     first = [0.0, 0.5 * 24 / 29, 4 / 3 * 24 / 29, 3 * 24 / 29]
     same(weights, [first, [1.0, 1.0], [0.0, 2.0]])

@@ -161,6 +161,7 @@ processes.leave()
 """
 
 
+@pytest.mark.slow
 def test_the_simulation_holds_what_a_real_run_of_two_processes_holds(folder, tmp_path):
     script = tmp_path / "real.py"
     script.write_text(REAL.format(root=str(ROOT), folder=str(folder)))
@@ -197,6 +198,7 @@ def test_a_few_layers_tell_what_many_take(exchange):
         assert getattr(few, name) == pytest.approx(getattr(many, name), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_stopped_with_a_sentence(folder, tmp_path, capsys):
     cfg = config(model=str(folder))
     assert why_not(folder, cfg, 2, 1e6).startswith("this does not fit: ")

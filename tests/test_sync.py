@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from conftest import both_families
 
 import rollout
 from plumbing.engine import SYNC_TOLERANCE, check_sync, perturbed
@@ -28,7 +27,12 @@ def assert_same(before, policy):
     assert all(torch.equal(x, now[name]) for name, x in before.items())
 
 
-@both_families
+@pytest.mark.parametrize(
+    "toy_name",
+    ["toy", pytest.param("toy-qwen3", marks=pytest.mark.slow)],
+    indirect=True,
+    scope="session",
+)
 def test_each_tensor_that_is_not_synced_is_found(policy, processors, cfg, prompts, monkeypatch):
     sampler = TransformersSampler(copies(policy), processors[0], policy.banned, cfg)
     before, whole, limit = values(policy), rollout.full_parameters, SYNC_TOLERANCE["float32"]

@@ -435,7 +435,7 @@ def test_a_model_folder_without_processor_files(folder, tmp_path):
 def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     parts = SimpleNamespace(
-        cfg=SimpleNamespace(keep=2),
+        cfg=SimpleNamespace(keep=2, lora_rank=0),
         processes=SimpleNamespace(first=True),
         optimiser=SimpleNamespace(updates=6, skipped=0),
         policy=torch.nn.Linear(100, 100),

@@ -89,6 +89,7 @@ def test_the_notebook_shows_every_picture_and_no_error(notebook):
     assert not re.findall(r'["\' =]/[a-z]+/[^"]*', said)  # nothing of the machine it was made on
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_top_and_its_answers_hold(monkeypatch, tmp_path):
     """The same cells with fewer steps, each answer behind its exercise."""
     monkeypatch.setenv("WALKTHROUGH_FAST", "1")
