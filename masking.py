@@ -8,6 +8,8 @@ makes it on the raw picture, as released.
 
 Rows come in merge blocks: the 4 patches that become one token of the language model stand next to
 each other, so masking whole tokens (unit = merge_size ** 2 = 4) is one draw for every four rows.
+Row k shows patch row_order(grid, merge)[k] (plumbing/families.py), counted left to right, top to
+bottom. A mask that means places goes through it; report.html shows what a mask does.
 
 A kind of mask is one function below under @kind("name"), and --mask offers every name. It gets the
 prompt, the Masker that holds the settings, and a generator, and returns new pixels for all pictures

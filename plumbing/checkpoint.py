@@ -66,6 +66,11 @@ def open_folder(out, cfg, say):
     """
     used = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
     if not cfg.resume:
+        if used and is_finished(out):
+            fail(
+                f"{out} holds a run that has ended; look at its report.html, give another --out, "
+                "or go on with --resume and more --steps"
+            )
         if used:
             fail(f"{out} holds another run; continue it with --resume, or give another --out")
         may_write(out)
@@ -78,6 +83,12 @@ def open_folder(out, cfg, say):
         if not is_whole(other):
             say(f"note: {other} is no whole checkpoint of a run, and is left alone")
     return whole(out)[-1] if whole(out) else None
+
+
+def is_finished(out):
+    """Has the run in a folder come to its end? What it measured then is there."""
+    file = out / "evaluation.json"
+    return file.exists() and "after" in json.loads(file.read_text())
 
 
 def bytes_of(trained, frozen, cfg):

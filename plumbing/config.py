@@ -17,6 +17,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import ClassVar
 
 from credit import CREDIT
@@ -28,6 +29,8 @@ from plumbing.families import TOYS
 from plumbing.logs import LOGS, check_log
 from plumbing.sources import MMK12, VIRL39K
 from reward import REWARDS
+
+FILE_ENDINGS = (".json", ".jsonl", ".parquet")  # of what cannot be a name on the hub
 
 
 def knob(default, help, choices=None, above=None, low=None, high=None):
@@ -140,7 +143,11 @@ class Config:
         "H as -log pi of the sampled token, or exact over the vocabulary; both branches",
         ["sampled", "exact"],
     )
-    masked_grad: bool = knob(False, "gradient through the masked branch too")
+    masked_grad: bool = knob(
+        False,
+        "score pi_mask anew at each update, with a gradient: gamma then moves it too, and eta2 "
+        "acts, on H[pi_mask] with --entropy exact, else on a cross-entropy of pi's tokens",
+    )
     recompute_masked: bool = knob(
         False,
         "masked branch under the current weights at each update, not once a rollout; "
@@ -448,7 +455,8 @@ def default_sampler(cuda):
 
 
 def resolve(flags, cuda):
-    """Flags given on the command line -> (Config, {"model", "sampler": why it was chosen})"""
+    """Flags given on the command line -> (Config, {"model", "sampler": why it was chosen;
+    "settings": the row of MODELS})"""
     why, flags = {"model": "as asked", "sampler": "as asked"}, dict(flags)
     if not flags.get("model"):
         flags["model"] = "Qwen/Qwen2.5-VL-3B-Instruct" if cuda else "toy"
@@ -456,6 +464,7 @@ def resolve(flags, cuda):
     toy = flags["model"] in TOYS
     flags["data"] = flags.get("data") or ("toy" if toy else VIRL39K)
     algo, preset = flags.setdefault("algo", "papo_g"), preset_of(flags["model"], flags["data"])
+    why["settings"] = preset
     if not flags.get("sampler"):
         flags["sampler"], why["sampler"] = default_sampler(cuda)
     flags.setdefault("val_data", {"toy": "toy", VIRL39K: MMK12}.get(flags["data"], ""))
@@ -485,6 +494,11 @@ def check_knobs(cfg, cuda):
     for f in dataclasses.fields(cfg):
         check_bounds(f.name, getattr(cfg, f.name), f.metadata)
     check_log(cfg.log)
+    for name in ("data", "val_data"):
+        given = getattr(cfg, name)
+        looks_like_a_path = given.startswith((".", "/")) or given.endswith(FILE_ENDINGS)
+        if looks_like_a_path and not Path(given).exists():
+            fail(f"--{name} {given}: there is no such file or folder, seen from {Path.cwd()}")
     if cfg.min_pixels > cfg.max_pixels:
         fail(
             f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "

@@ -18,31 +18,40 @@ from plumbing.shapes import SHAPES
 from plumbing.simulation import count_parameters, settings_of, simulate
 
 
-def measuring(model, world):
+def measuring(settings, world):
     """A measure for plan that simulates each kind of pass once."""
-
     measured = {}
 
     def measure(cfg, exchange):
-        kind = cfg.activation_checkpointing, pass_tokens(cfg), exchange
+        kind = cfg.activation_checkpointing, pass_tokens(cfg), exchange, cfg.lora_rank
         if kind not in measured:
-            measured[kind] = simulate(model.settings, cfg, world, kind[1], exchange)
+            measured[kind] = simulate(settings, cfg, world, kind[1], exchange)
         return measured[kind]
 
     return measure
 
 
-def of_model(name, cfg):
-    """A folder with a config.json, or a published name -> Model"""
+def settings_named(name):
+    """The config.json of a folder, or of a published name, as a dict."""
     known = next((key for key in SHAPES if key in name.lower()), None)
     if (Path(name) / "config.json").is_file():
-        settings = settings_of(name)
-    elif known:
-        settings = SHAPES[known]
-    else:
+        return settings_of(name)
+    if not known:
         fail(f"--model {name}: no folder with a config.json, and none of {', '.join(SHAPES)}")
-    trained, frozen = count_parameters(settings, cfg)
-    return Model(settings, trained + frozen, frozen)
+    return SHAPES[known]
+
+
+def models(settings):
+    """-> a function of cfg that counts the parameters of each --lora_rank once -> Model"""
+    counted = {}
+
+    def model_of(cfg):
+        if cfg.lora_rank not in counted:
+            counted[cfg.lora_rank] = count_parameters(settings, cfg)
+        trained, frozen = counted[cfg.lora_rank]
+        return Model(settings, trained + frozen, frozen)
+
+    return model_of
 
 
 def gb(n):
@@ -59,21 +68,23 @@ def table(made):
     return "\n".join(lines)
 
 
-def verdict(model, cfg, world, memory, measure):
+def verdict(model_of, cfg, world, memory, measure):
     """-> (Plan, "" if it fits, or one sentence with what is short and the nearest that fits)"""
-    made = plan(model, cfg, world, memory, measure)
+    made = plan(model_of(cfg), cfg, world, memory, measure)
     if made.fits:
         return made, ""
-    if made.missing > 0:
+    if made.missing > max(made.totals.values()) - memory:
         short = (
             f"the engine needs {gb(made.missing)} GB more than its --gpu_memory_utilization "
             f"{cfg.gpu_memory_utilization} of {gb(memory)} GB"
         )
     else:
-        phase = max(made.phases, key=lambda name: sum(made.phases[name].values()))
-        needed = gb(sum(made.phases[phase].values()))
+        phase = max(made.totals, key=made.totals.get)
+        needed = gb(made.totals[phase])
         short = f"{phase} needs {needed} GB on each of {world} GPUs that have {gb(memory)}"
-    ways = [" with ".join(moves) for moves in nearest(model, cfg, world, memory, measure)]
+    ways = [" with ".join(moves) for moves in nearest(model_of, cfg, world, memory, measure)]
+    if world == 1 and memory < 32e9 and not cfg.card:
+        ways.append("--card 24gb, settings for such a card")
     advice = f"these fit: {', or '.join(ways)}" if ways else "no change that is known here fits"
     return made, f"this does not fit: {short}; {advice} (docs/gpus.md)"
 
@@ -82,8 +93,9 @@ def row(name, world, gigabytes, flags=""):
     """A line of the table in docs/gpus.md: what the planner says of one machine and model."""
     given = vars(parser().parse_args(["--model", name, "--sampler", "vllm", *flags.split()]))
     cfg = resolve(given, cuda=True)[0]
-    model = of_model(name, cfg)
-    made, short = verdict(model, cfg, world, gigabytes * 1e9, measuring(model, world))
+    settings = settings_named(name)
+    answered = models(settings), cfg, world, gigabytes * 1e9, measuring(settings, world)
+    made, short = verdict(*answered)
     totals = " | ".join(gb(sum(parts.values())) for parts in made.phases.values())
     says = short.split("; ")[-1].removesuffix(" (docs/gpus.md)") if short else "fits"
     flags = f" `{flags}`" if flags else ""
@@ -107,8 +119,9 @@ ROWS = [
 def answer(question):
     """What setup asks, {folder, cfg, world, memory} -> "" or the sentence to stop with"""
     cfg, world = Config(**question["cfg"]), question["world"]
-    model = of_model(question["folder"], cfg)
-    return verdict(model, cfg, world, question["memory"], measuring(model, world))[1]
+    settings = settings_named(question["folder"])
+    how = measuring(settings, world)
+    return verdict(models(settings), cfg, world, question["memory"], how)[1]
 
 
 def main():
@@ -128,10 +141,12 @@ def main():
     flags.setdefault("sampler", "vllm")
     cfg = resolve(flags, cuda=True)[0]
     check(cfg, world, cuda=True)
-    model = of_model(cfg.model, cfg)
-    made, short = verdict(model, cfg, world, memory, measuring(model, world))
+    settings = settings_named(cfg.model)
+    model_of = models(settings)
+    made, short = verdict(model_of, cfg, world, memory, measuring(settings, world))
     print(
-        f"{cfg.model}, {model.parameters / 1e9:.2f} billion parameters; {world} x {gb(memory)} GB\n"
+        f"{cfg.model}, {model_of(cfg).parameters / 1e9:.2f} billion parameters; {world} x "
+        f"{gb(memory)} GB\n"
     )
     print(table(made))
     how = "at every pass" if made.exchange else "once an update"

@@ -84,9 +84,12 @@ class Plan:
     exchange: bool  # whether every pass exchanges gradients
 
     @property
+    def totals(self):
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
     def fits(self):
-        worst = max(sum(parts.values()) for parts in self.phases.values())
-        return worst <= self.memory and self.missing <= 0
+        return max(self.totals.values()) <= self.memory and self.missing <= 0
 
 
 def pass_tokens(cfg):
@@ -150,6 +153,7 @@ MOVES = [
     ("--gpu_memory_utilization 0.3", dict(gpu_memory_utilization=0.3)),
     ("--gpu_memory_utilization 0.6", dict(gpu_memory_utilization=0.6)),
     ("--tokens_per_forward 8192", dict(tokens_per_forward=8192)),
+    ("--lora_rank 16", dict(lora_rank=16)),
     ("2 times as many GPUs", 2),
     ("4 times as many GPUs", 4),
     ("--cpu_offload", dict(cpu_offload=True)),
@@ -171,14 +175,17 @@ def moved(cfg, world, moves):
     return (cfg, world) if len(flags) == len(set(flags)) else None
 
 
-def nearest(model, cfg, world, memory, measure, most=3):
+def nearest(model_of, cfg, world, memory, measure, most=3):
     """Settings that fit, with as few moves as possible -> up to `most` lists of moves
+
+    model_of(cfg) -> Model, since LoRA freezes it.
 
     What comes and goes is measured on `world` GPUs; on more of them it is a little less. It is not
     measured where all the rest is too much already.
     """
 
     def fits(there):
+        model = model_of(there[0])
         nothing = lambda *_: Measured(model.parameters, 0, 0, 0, 0)
         return all(plan(model, *there, memory, how).fits for how in (nothing, measure))
 

@@ -48,7 +48,8 @@ def opening(cfg, why):
     lora = f", LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else ""
     return (
         f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
-        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}{lora}, output {cfg.out}\n"
+        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}{lora}, settings of "
+        f"{why['settings']}, output {cfg.out}\n"
         f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p "
         f"{cfg.top_p}{nucleus if cfg.top_p < 1 else ''}"
     )

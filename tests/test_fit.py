@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, command
 
 from plumbing.config import resolve
-from plumbing.fit import ROWS, measuring, of_model, row, verdict
+from plumbing.fit import ROWS, measuring, models, row, verdict
 from plumbing.ledger import Ledger
 from plumbing.memory import ENGINE_ROOM, OUTSIDE, Measured, Model, State, nearest, plan, state
 from plumbing.setup import why_not
@@ -48,6 +48,11 @@ def test_what_is_always_there():
 # A model of 1 billion parameters, whose updates take 5 GB beside what is always there.
 TEXT = dict(vocab_size=100_000, hidden_size=1000, num_hidden_layers=10, num_attention_heads=10)
 SMALL = Model({"text_config": TEXT}, 10**9)
+
+
+def small(cfg):
+    """With LoRA a hundredth is trained."""
+    return replace(SMALL, frozen=SMALL.parameters * 99 // 100) if cfg.lora_rank else SMALL
 
 
 def five(cfg, exchange):
@@ -91,16 +96,16 @@ def test_an_adapter_costs_its_base_and_little_more():
 
 def test_the_nearest_settings_fit_and_come_in_order():
     cfg = config(sleep=0)
-    assert nearest(SMALL, cfg, 2, 32 * GB, five)[0] == ["--sleep 2"]
-    made, short = verdict(SMALL, cfg, 2, 32 * GB, five)
+    assert nearest(small, cfg, 2, 32 * GB, five)[0] == ["--sleep 2"]
+    made, short = verdict(small, cfg, 2, 32 * GB, five)
     assert not made.fits and short.startswith(
         "this does not fit: update needs 36.0 GB on each of 2"
     )
     assert "these fit: --sleep 2" in short
-    assert verdict(SMALL, cfg, 2, 60 * GB, five)[1] == ""
-    assert verdict(SMALL, cfg, 1, 1 * GB, five)[1].endswith(
-        "no change that is known here fits (docs/gpus.md)"
-    )
+    assert verdict(small, cfg, 2, 60 * GB, five)[1] == ""
+    hopeless = verdict(small, cfg, 2, 1 * GB, five)[1]
+    assert hopeless.endswith("no change that is known here fits (docs/gpus.md)")
+    assert "--card 24gb" in verdict(small, cfg, 1, 24 * GB, five)[1]
 
 
 def test_a_ledger_counts_storages_while_they_live():
@@ -209,8 +214,9 @@ def test_a_run_that_does_not_fit_is_stopped_with_a_sentence(folder, tmp_path, ca
 @pytest.mark.slow
 def test_one_card_of_24_gib_has_2_gb_to_spare_with_lora():
     cfg, memory = config(card="24gb"), 24 * 2**30
-    model = of_model("qwen2.5-vl-3b", cfg)
-    made = plan(model, cfg, 1, memory, measuring(model, 1))
+    settings = SHAPES["qwen2.5-vl-3b"]
+    model = models(settings)(cfg)
+    made = plan(model, cfg, 1, memory, measuring(settings, 1))
     assert made.fits and made.level == 2 and 2.9e7 < model.trained < 3.0e7
     assert max(sum(parts.values()) for parts in made.phases.values()) < memory - 2 * GB
 

@@ -392,7 +392,8 @@ BAD = {
     "mask ratio": (["--mask_ratio", "1.5"], "between 0 and 1"),
     "no such model": (["--model", "/nowhere"], "neither a folder"),
     "resume of nothing": (["--resume"], "no run in"),
-    "no such data": (["--data", "/nowhere.parquet", "--beta", "0"], "cannot be read"),
+    "no such data": (["--data", "/nowhere.parquet"], "no such file"),
+    "no such data here": (["--data", "rows.json", "--warm_steps", "479"], "no such file"),
     "no knob below zero": (["--lr", "-1"], "greater than 0"),
 }
 
