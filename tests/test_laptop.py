@@ -179,6 +179,18 @@ def test_the_page_of_the_methods_is_that_of_their_runs_and_another_quotes_it():
     assert len(rows) == 7 and all(row in page for row in rows)
 
 
+def test_the_page_of_lora_is_that_of_its_runs_and_another_quotes_it():
+    import lora
+
+    runs, file = laptop.Runs("/nowhere"), ROOT / "results" / "lora.json"
+    runs.load(file)
+    page = lora.page(runs, laptop.SEEDS, None)
+    assert page == file.with_suffix(".md").read_text()
+    told = (ROOT / "docs" / "lora.md").read_text()
+    rows = re.findall(r"^\| .*`train.py --algo .*", told, re.M)
+    assert len(rows) == 3 and all(row in page for row in rows)
+
+
 def test_the_emoji_of_the_page_are_those_of_the_run():
     found = json.loads((ROOT / "results" / "emoji.json").read_text())
     told = (ROOT / "docs" / "after-papo.md").read_text().split("bench/emoji.py")[-1]
