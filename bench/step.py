@@ -1,5 +1,5 @@
 """One PAPO-G step, phase by phase: with each prompt computed once, with it computed for every
-response, and GRPO.
+response, GRPO, and with --compile the first with compiled layers.
 
     python bench/step.py                                              # the toy model on a CPU
     python bench/step.py --shape qwen2.5-vl-3b --prompts 32 --group 5 --response 512 \\
@@ -27,6 +27,7 @@ import train
 from groups import Group
 from papo import Denominators, group_advantages
 from plumbing.common import Clock
+from plumbing.compiled import compile_layers
 from plumbing.config import default_sampler, resolve
 from plumbing.data import Stream
 from plumbing.report import memory_gb
@@ -87,6 +88,23 @@ def train_on(parts, groups, prompts, step, per_update):
     return clock.seconds, peak - before
 
 
+def compiled_when_asked(parts):
+    """Compile the layers of policy and reference -> a function that says whether they run so."""
+    models = (parts.policy, parts.reference)
+    layers = [layer for m in models for layer in m.vlm.model.language_model.layers]
+    for model in models:
+        compile_layers(model)
+    fast = [layer.forward for layer in layers]
+
+    def choose(compiled):
+        for layer, forward in zip(layers, fast):
+            vars(layer).pop("forward", None)
+            if compiled:
+                layer.forward = forward
+
+    return choose
+
+
 def most_host_memory():
     """This process's peak since it was last cleared, in GB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -102,6 +120,7 @@ def main():
     p.add_argument(
         "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=cuda
     )
+    p.add_argument("--compile", action="store_true", help="compare with compiled layers too")
     p.add_argument(
         "--folder", help="where the model is written, and found again; default: a temporary folder"
     )
@@ -149,6 +168,10 @@ def main():
             "papo_g, unshared": (parts, True),
             "grpo": (replace(parts, cfg=replace(cfg, gamma=0.0)), False),
         }
+        choose = lambda compiled: None
+        if args.compile:
+            variants["papo_g, compiled"] = (parts, False)
+            choose = compiled_when_asked(parts)
         times = {
             name: {phase: [] for phase in ["roll out", "reward", *PHASES, "memory"]}
             for name in variants
@@ -161,8 +184,10 @@ def main():
                 g.advantages = group_advantages(torch.arange(args.group).float())
             sampling = {"roll out": clock.seconds["rollout"], "reward": clock.seconds["reward"]}
             parts.sampler.sleep()
-            for name in list(variants)[r % 3 :] + list(variants)[: r % 3]:
+            first = r % len(variants)
+            for name in [*variants][first:] + [*variants][:first]:
                 variant, unshared = variants[name]
+                choose(name.endswith("compiled"))
                 per_update = cfg.prompts_per_update * (args.group if unshared else 1)
                 trained = alone(groups) if unshared else groups
                 seconds, memory = train_on(variant, trained, read, r, per_update)
@@ -188,13 +213,16 @@ def main():
             f"{k:<12}"
             + "".join(f"{m[k]:>15.3f}{' GB' if k == 'memory' else ' s '}" for m in median.values())
         )
-    shared, unshared, grpo = (median[n] for n in variants)
+    shared, unshared, grpo, *compiled = (median[n] for n in variants)
     ratios = {
         "update_speedup": unshared["update"] / shared["update"],
         "training_speedup": unshared["training"] / shared["training"],
         "memory_ratio": shared["memory"] / max(1e-9, unshared["memory"]),
         "papo_over_grpo": shared["step"] / grpo["step"] - 1,
     }
+    for m in compiled:
+        ratios["compiled_speedup"] = shared["training"] / m["training"]
+        print(f"compiled: training {ratios['compiled_speedup']:.2f} x as fast")
     print(
         f"each prompt once: update {ratios['update_speedup']:.2f} x, training "
         f"{ratios['training_speedup']:.2f} x as fast, {ratios['memory_ratio']:.2f} of the memory; "

@@ -25,6 +25,7 @@ from loss import PERCEPTION
 from masking import MASKS, SOURCES, annealed
 from papo import ALGORITHMS
 from plumbing.common import fail
+from plumbing.compiled import check_compiler
 from plumbing.families import TOYS
 from plumbing.logs import LOGS, check_log
 from plumbing.sources import MMK12, VIRL39K
@@ -311,6 +312,10 @@ class Config:
         "compute the layers again in the backward pass instead of keeping them; default: where "
         "there is a CUDA device",
     )
+    compile: bool = knob(
+        False,
+        "torch.compile of the decoder layers, which takes minutes at the start; see docs/speed.md",
+    )
     cpu_offload: bool = knob(
         False, "weights, gradients and moments live in host memory (CUDA, FSDP2)"
     )
@@ -334,10 +339,12 @@ class Config:
         0.5, "how often a hint of the toy's training data is right: the shortcut", low=0, high=1
     )
 
-    # What a resumed run may change: nothing that alters the weights it arrives at.
+    # What a resumed run may change: nothing that alters the weights it arrives at by more than
+    # rounding does.
     free_on_resume: ClassVar = frozenset(
-        "tokens_per_forward packing activation_checkpointing cpu_offload gpu_memory_utilization "
-        "sleep resume out steps eval_every eval_questions eval_n save_every keep log".split()
+        "tokens_per_forward packing activation_checkpointing compile cpu_offload "
+        "gpu_memory_utilization sleep resume out steps eval_every eval_questions eval_n save_every "
+        "keep log".split()
     )
 
     def at_step(self, step):
@@ -550,6 +557,8 @@ def check(cfg, world_size, cuda):
         )
     buffer = {"low": 0, "high": cfg.max_response_tokens}
     check_bounds("overlong_buffer", cfg.overlong_buffer, buffer)
+    if cfg.compile and not cuda:
+        check_compiler()
     if cfg.no_ref_kl and cfg.beta:
         fail(f"--no_ref_kl and --beta {cfg.beta} contradict each other; give one of them")
     if 0 < cfg.dual_clip <= 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from masking import Masker
 from plumbing.checkpoint import check_space
 from plumbing.common import fail
+from plumbing.compiled import compile_layers
 from plumbing.config import Config
 from plumbing.console import doing, say
 from plumbing.data import Stream, encode_with
@@ -106,6 +107,9 @@ def setup(cfg):
         reference = WithoutAdapters(policy)
     elif cfg.beta > 0:
         reference = copy_of(policy, folder, cfg, processes).requires_grad_(False)
+    if cfg.compile:
+        for model in (m for m in (policy, reference) if isinstance(m, Policy)):
+            compile_layers(model)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm = policy.vlm
