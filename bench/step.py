@@ -41,10 +41,10 @@ class Fixed(Stream):
     """A stream of these prompts."""
 
     def __init__(self, prompts):
-        self.prompts = prompts
+        super().__init__(prompts, 0, None, None)
 
     def __getitem__(self, position):
-        return self.prompts[position]
+        return self.examples[position % len(self.examples)]
 
 
 def alone(groups):

@@ -14,8 +14,10 @@ from plumbing.compiled import check_compiler, compile_layers
 from plumbing.policy import Policy, WithoutAdapters, load_vlm, sharded_policy
 from rollout import TransformersSampler
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+@pytest.fixture(params=["aot_eager", "inductor"])
 def backend(request, monkeypatch):
     """aot_eager traces and differentiates as torch.compile does, but generates no code, which takes
     a minute."""
