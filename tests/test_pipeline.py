@@ -57,3 +57,13 @@ def test_the_page_quotes_the_results(kind):
         f"{ratio:.1f}" for ratio in ratios
     ]
     assert len(found["ratios of work"]) == KEPT["rounds"]
+
+
+def test_the_page_says_of_a_step_what_was_measured():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    found = json.loads((ROOT / "results" / "step.json").read_text())
+    share = round(100 * found["memory_ratio"])
+    assert f"{found['update_speedup']:.1f} times as fast, {share} % of the memory" in page
+    assert f"+{100 * found['papo_over_grpo']:.0f} % (the paper" in page
+    words = " ".join(page.split())
+    assert f"training is {found['compiled_speedup']:.2f} times as fast" in words
