@@ -223,7 +223,7 @@ def test_blind_is_the_toys_own_blind_split(answered, folder, tmp_path):
         (["--n", "2"], "--model"),
         (["--model", "toy", "--n", "0"], "at least 1"),
         (["--compare", "/nowhere", "/nowhere"], "cannot be read"),
-        (["--model", "FOLDER", "--data", "/nowhere.jsonl"], "cannot be read"),
+        (["--model", "FOLDER", "--data", "/nowhere.jsonl"], "no such file"),
     ],
 )
 def test_bad_input(flags, words, folder, tmp_path):

@@ -477,7 +477,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="row 3 of rows: no turn of the assistant's"):
         run(monkeypatch, data, tmp_path / "strict", "--strict")
     for flags, words in [
-        (["--data", tmp_path / "none.json"], "cannot be read"),
+        (["--data", tmp_path / "none.json"], "no such file"),
         (["--response_column", "cot", "--data", other_columns(tmp_path)], "no column cot, problem"),
         (["--cutoff", 0], "--cutoff 0: must be greater than 0"),
         (["--packing", "flat"], "needs a CUDA device"),

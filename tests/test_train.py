@@ -418,7 +418,7 @@ def test_bad_input_ends_the_command_without_a_traceback(tmp_path):
 def test_another_run_is_never_overwritten(finished):
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
     resume = ["--resume", "--gamma", "0.5", "--steps", "6"]
-    for flags, words in [([], "holds another run"), (resume, "gamma (")]:
+    for flags, words in [([], "holds a run that has ended"), (resume, "gamma (")]:
         done = command("train.py", "--out", finished[0], *SMALL, "--save_every", "2", *flags)
         assert done.returncode != 0 and words in done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob("*") if p.is_file()}
