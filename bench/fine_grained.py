@@ -18,9 +18,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from paper_on_a_laptop import ROOT, interval, verdict
+from paper_on_a_laptop import ROOT, interval, markdown, verdict
 from side_by_side import with_interval
 
+from plumbing.checkpoint import is_finished
 from plumbing.common import pyplot, write_atomically
 from plumbing.console import Bar
 from plumbing.report import read_metrics
@@ -81,7 +82,7 @@ def trained(work, arm, seed):
     """-> (folder of the model that an algorithm arrives at, what its run says of itself)"""
     out, summary = work / f"{arm}-seed{seed}", {}
     file = out / "evaluation.json"
-    if not file.exists() or "after" not in json.loads(file.read_text()):
+    if not is_finished(out):
         start = {"model": fine_tuned(work, seed), "data": work / "kinds/train.parquet"}
         start |= {"val_data": work / "kinds/val.parquet"}
         command(f"train.py {ALGORITHMS[arm]} {ALWAYS}", out, out=out, seed=seed, **start)
@@ -107,7 +108,7 @@ def result(work, arm, seed):
 def page(results):
     """The two tables as text. results: {(arm, seed): what `result` says}"""
     heads = ["model", *(t.removeprefix("test_").replace("_", ", ") for t in TESTS), "val by step"]
-    lines = [heads, ["---"] * len(heads)]
+    lines, against = [], []
 
     def values(arm, test):
         return [100 * results[arm, seed]["after"][test] for seed in SEEDS if (arm, seed) in results]
@@ -119,15 +120,14 @@ def page(results):
             steps = zip(*(run.get("val", []) for run in runs))
             means = (interval([100 * accuracy for _, accuracy in at])[0] for at in steps)
             lines.append([arm, *cells, " ".join(f"{x:.0f}" for x in means)])
-    against = [["compared", "file", "verdict", "points"], ["---"] * 4]
     for a, b in [("CoT SFT", "DAPO"), ("DAPO", "TAPO"), ("PAPO_D", "TAPO"), ("DAPO", "PAPO_D")]:
         for test in TESTS:
             differences = [y - x for x, y in zip(values(a, test), values(b, test))]
             if len(differences) > 1:
                 against.append([f"{b} above {a}", heads[1 + TESTS.index(test)]])
                 against[-1] += verdict(differences)
-    tables = [["| " + " | ".join(cells) + " |" for cells in rows] for rows in (lines, against)]
-    first, second = ("\n".join(rows) for rows in tables)
+    tables = markdown(heads, lines), markdown(["compared", "file", "verdict", "points"], against)
+    first, second = map("\n".join, tables)
     return "\n\n".join(["# Fine-grained", ABOUT, first, second, f"![val]({NAME}.png)"]) + "\n"
 
 

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from paper_on_a_laptop import NAME as LAPTOP
-from paper_on_a_laptop import ROOT, SEEDS, Runs, verdict
+from paper_on_a_laptop import ROOT, SEEDS, Runs, markdown, verdict
 from side_by_side import with_interval
 
 from plumbing.config import parser, resolve
@@ -73,9 +73,7 @@ def row(method, runs, seeds, steps):
 def page(runs, seeds, steps):
     """The table as text."""
     rows = [cells for method in METHODS if (cells := row(method, runs, seeds, steps))]
-    lines = [HEADS, ["---"] * len(HEADS), *rows]
-    table = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join(["# LoRA beside full training", "", ABOUT, "", *table, ""])
+    return "\n".join(["# LoRA beside full training", "", ABOUT, "", *markdown(HEADS, rows), ""])
 
 
 def main():

@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from plumbing.checkpoint import is_finished  # noqa: E402
 from plumbing.common import pyplot, write_atomically  # noqa: E402
 from plumbing.config import Config, resolve  # noqa: E402
 from plumbing.console import Bar  # noqa: E402
@@ -91,8 +92,7 @@ class Runs:
                 sys.exit(f"error: {out.name} ended with {done.returncode}; see {log.name}")
 
     def whole(self, out):
-        file = out / "evaluation.json"
-        return file.exists() and "after" in json.loads(file.read_text())
+        return is_finished(out)
 
     def load(self, file):
         """Take over the runs that a file holds."""
@@ -145,6 +145,12 @@ class Runs:
     def after(self, flags, seeds, split="vision", what="accuracy", when="after"):
         """Per cent on a test split after training, or before, one number a seed."""
         return [100 * self.done[flags, seed][when][split][what] for seed in seeds]
+
+
+def markdown(heads, rows):
+    """A table as lines of text; heads and rows are lists of cells."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def interval(values):

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from paper_on_a_laptop import NAME as LAPTOP
-from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, verdict
+from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, markdown, verdict
 
 from plumbing.report import read_metrics
 
@@ -94,9 +94,7 @@ def paces(folder, rounds=2, steps=3):
 def page(runs, pace=None):
     """The table as text."""
     rows = [cells for method in METHODS if (cells := row(*method, runs, pace))]
-    lines = [HEADS, ["---"] * len(HEADS), *rows]
-    table = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join(["# Side by side", "", ABOUT, "", *table, ""])
+    return "\n".join(["# Side by side", "", ABOUT, "", *markdown(HEADS, rows), ""])
 
 
 def main():
