@@ -11,6 +11,7 @@ that it stands in, so that a wrong answer makes no notebook, but it is not kept 
 
 import argparse
 import re
+from datetime import datetime
 from pathlib import Path
 
 from plumbing.common import fail, write_atomically
@@ -18,6 +19,7 @@ from plumbing.common import fail, write_atomically
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT, NOTEBOOK = PROJECT / "walkthrough.py", PROJECT / "walkthrough.ipynb"
 ANSWER = "answer"  # marks the cells that are run and not kept
+STATES = "busy", "idle"  # what the kernel says when a cell begins and when it ends
 
 
 def cells(text):
@@ -71,6 +73,17 @@ def tidy(notebook):
     return notebook
 
 
+def times(notebook):
+    """How long each cell of a run notebook took -> {its first line: minutes}"""
+    taken = {}
+    for cell in notebook["cells"]:
+        if known := cell["metadata"].get("execution"):
+            start, end = (datetime.fromisoformat(known[f"iopub.status.{s}"]) for s in STATES)
+            line = cell["source"].partition("\n")[0]
+            taken[line] = taken.get(line, 0) + (end - start).total_seconds() / 60
+    return taken
+
+
 def with_new_text(notebook, found):
     """A notebook that has been run, with the text of these cells. Ends with a sentence if their
     code is not the notebook's."""
@@ -97,6 +110,9 @@ def main():
     else:
         made = with_answers(found)
         NotebookClient(made, resources={"metadata": {"path": str(PROJECT)}}).execute()
+        taken = times(made)
+        slowest = max(taken, key=taken.get)
+        print(f"{sum(taken.values()):.1f} minutes; the longest cell: {taken[slowest]:.1f} ({slowest})")
     write_atomically(NOTEBOOK, nbformat.writes(nbformat.from_dict(tidy(made))) + "\n")
     print(f"written: {NOTEBOOK.name}, {NOTEBOOK.stat().st_size / 1e6:.1f} MB")
 

@@ -77,10 +77,7 @@ class Rows:
         for name, known in SECOND.items():
             if found := [column for column in known if column in rows.column_names]:
                 self.pictures[name] = found[0]
-        for column in self.pictures.values():
-            feature = undecoded(rows.features[column])
-            rows = rows if feature == rows.features[column] else rows.cast_column(column, feature)
-        self.rows = rows
+        self.rows = undecoded(rows, self.pictures.values())
         ids = rows["id"] if "id" in rows.column_names else [None]
         self.by_id = None not in ids[:] and len(set(ids[:])) == len(rows)
         feature = rows.features.get(columns[1])
@@ -255,14 +252,24 @@ def shared_rows(train, held_out):
     return found
 
 
-def undecoded(feature):
-    """A feature of `datasets` in which pictures stay bytes, however deep they lie."""
+def undecoded(rows, columns):
+    """The rows with the pictures of these columns as bytes, however deep they lie.
+
+    Both ways to read a column have one form in Arrow, so the same table gets other features.
+    `cast_column` would write a column of lists, with every picture in it, to the disk again.
+    """
+    from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
-    if isinstance(feature, ImageFeature):
-        return ImageFeature(decode=False)
-    inner = getattr(feature, "feature", None)
-    return type(feature)(undecoded(inner)) if inner is not None else feature
+    def read_as_bytes(feature):
+        if isinstance(feature, ImageFeature):
+            return ImageFeature(decode=False)
+        inner = getattr(feature, "feature", None)
+        return type(feature)(read_as_bytes(inner)) if inner is not None else feature
+
+    info, known = rows.info.copy(), rows.features.items()
+    info.features = Features({c: read_as_bytes(f) if c in columns else f for c, f in known})
+    return Dataset(rows.data, info, rows.split)
 
 
 def contents(example):

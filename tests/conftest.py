@@ -1,12 +1,18 @@
 """Shared by all tests: the real toy policy after a short warm start, and the command line as a user
 runs it."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+# `datasets` keeps a copy of every file it reads; those of the tests go when the tests end.
+COPIES = tempfile.TemporaryDirectory(prefix="papo-tests-")
+os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and for every process
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -4,13 +4,15 @@ import base64
 import copy
 import io
 import json
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, command
+from conftest import COPIES, ROOT, SMALL, command
 from PIL import Image, ImageFile
 
 from plumbing.data import Example, encode
@@ -202,6 +204,18 @@ def test_every_way_to_hold_a_picture_is_the_same_picture(tmp_path, processors):
             and a.example.answer == b.example.answer
             for a, b in zip(got, want)
         ), name
+
+
+def test_pictures_are_not_written_to_the_disk_a_second_time(tmp_path):
+    """`datasets` turns a parquet file into an Arrow file. Reading its pictures as bytes must not
+    add another copy of all of them."""
+    rows = [{**r, "images": [os.urandom(500_000)]} for r in example_rows(4)]
+    path = parquet(tmp_path / "rows.parquet", rows)
+    before = {file.name for file in Path(COPIES.name).rglob("*")}
+    data = Rows(str(path), "train")
+    assert data[0].images[0]["bytes"] == rows[0]["images"][0]
+    written = [f for f in Path(COPIES.name).rglob("*") if f.is_file() and f.name not in before]
+    assert 1 <= sum(f.stat().st_size for f in written) / 2e6 < 1.1
 
 
 FOLDERS = {
