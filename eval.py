@@ -9,7 +9,6 @@ Writes one JSON line a response, and goes on where it stopped when it is called 
 sets are the paper's: every set weighs the same (Table 1).
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.common import fail, may_write
+from plumbing.common import Parser, fail, may_write
 from plumbing.compare import compare, rescore
 from plumbing.config import check, resolve
 from plumbing.console import Bar, doing
@@ -105,9 +104,7 @@ def evaluate_splits(parts, splits, n, name):
 
 def parser():
     """The command line."""
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=style)
-    p.error = lambda message: fail(f"{message}; see --help")
+    p = Parser(__doc__)
     add = p.add_argument
     add("--model", help="a checkpoint folder, a hub name, or 'toy' for the warm start")
     sets = ", ".join(BENCHMARKS)

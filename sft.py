@@ -46,7 +46,7 @@ from plumbing.console import say, track
 from plumbing.conversations import by_prompt
 from plumbing.packing import my_batches
 from plumbing.policy import score_only
-from plumbing.supervised import SftConfig, resolve, setup
+from plumbing.supervised import SFT, SftConfig, resolve, setup
 
 
 def update(batches, N, policy, optimiser, processes):
@@ -169,7 +169,7 @@ def train(parts, progress):
 def main():
     """Parse, prepare, train, and show what came out."""
     cuda = torch.cuda.is_available()
-    cfg = resolve(vars(parser(SftConfig, "Supervised fine-tuning.").parse_args()), cuda)
+    cfg = resolve(vars(parser(SftConfig, SFT).parse_args()), cuda)
     check_knobs(cfg, cuda)
     first, out = os.environ.get("RANK", "0") == "0", Path(cfg.out)
     say(f"model {cfg.model}, data {cfg.data}, recipe {cfg.recipe}, output {out}")

@@ -216,6 +216,7 @@ def train(parts, progress):
     """Steps until the last one, or until the run is asked to stop -> whether it came to the end."""
     cfg, out, processes = parts.cfg, Path(parts.cfg.out), parts.processes
     steps = range(progress.step, cfg.steps)
+    say(report.LINE)
     with stop_requests() as asked:
         for _ in track(steps, cfg.algo, "steps", done=progress.step):
             metrics = train_step(parts, progress)

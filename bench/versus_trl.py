@@ -1,13 +1,14 @@
 """TRL's last PAPO trainer and ours, step for step in turn: the same model, questions, response
 length, group size and loss terms.
 
-    pip install trl==1.7.1 && python bench/versus_trl.py
+    pip install trl==1.7.1 && python bench/versus_trl.py --out results/versus_trl.json
 
 TRL 1.7.1 is the last release with a PAPO trainer. Both take one optimiser update a step on the same
 number of responses, in float32 on the same threads, without checkpointing; EOS cannot be sampled,
 so that all responses are of the same length. TRL scores the masked picture with a gradient, so ours
 does too (ours, masked_grad, exact entropies with a gradient); the released code, our default, does
 not (ours). Each of TRL's steps is followed by one of each of ours; the first three are not counted.
+All of it is done once for each size of TRL's passes: its default, and the one that suits it best.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from shapes import build  # puts the project on the path
@@ -26,6 +28,8 @@ from plumbing.families import VISUAL_TOKENS
 from plumbing.setup import setup
 from reward import boxed
 from toy.task import FAMILIES, make
+
+TRL = "TRL 1.7.1"
 
 
 def questions(args):
@@ -81,9 +85,9 @@ def ours(folder, args):
     return {name: step(name) for name in variants}, len(parts.stream[0].ids)
 
 
-def theirs(folder, args, between):
-    """Train with TRL, calling between(number) after each step -> [(seconds, seconds without
-    sampling)]"""
+def theirs(folder, args, batch, between):
+    """Train with TRL in passes of `batch` responses, calling between(number) after each step
+    -> [(seconds, seconds without sampling)]"""
     from datasets import Dataset
     from transformers import AutoProcessor, TrainerCallback
     from trl.experimental.papo import PAPOConfig, PAPOTrainer
@@ -123,8 +127,8 @@ def theirs(folder, args, between):
         settings = PAPOConfig(
             scratch,
             use_cpu=True,
-            per_device_train_batch_size=args.trl_batch,
-            gradient_accumulation_steps=args.prompts * args.group // args.trl_batch,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=args.prompts * args.group // batch,
             num_generations=args.group,
             max_completion_length=args.response,
             generation_kwargs={"min_new_tokens": args.response, "suppress_tokens": visual},
@@ -157,42 +161,64 @@ def theirs(folder, args, between):
     return times
 
 
+def in_turn(folder, args, batch):
+    """Interleave -> (medians {variant: [seconds of a step, of training]}, tokens of a prompt)"""
+    steps, prompt = ours(folder, args)
+    times = {name: [] for name in steps}
+
+    def between(number):
+        for name in steps:
+            times[name].append(steps[name](number))
+
+    times[TRL] = theirs(folder, args, batch, between)
+    medians = {
+        n: [statistics.median(x[k] for x in t[3:]) for k in (0, 1)] for n, t in times.items()
+    }
+    return medians, prompt
+
+
 def main():
-    """Interleave, and compare medians."""
+    """Compare medians, for each size of TRL's passes."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument(
         "--trl_batch",
         type=int,
-        default=8,
+        nargs="+",
+        default=[8, 128],
         help="responses in a pass of TRL's; 8 is its default, prompts * group its fastest here",
     )
+    p.add_argument("--out", type=Path, help="a JSON file for the result")
     for name, default, text in [
         ("prompts", 16, "prompts per step"),
         ("group", 8, "G, responses per prompt"),
         ("response", 24, "tokens per response"),
-        ("enlarge", 2, "how many times the width of the toy's pictures"),
+        ("enlarge", 3, "how many times the width of the toy's pictures"),
         ("steps", 10, "timed steps"),
     ]:
         p.add_argument(f"--{name}", type=int, default=default, help=text)
     args = p.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = build("toy", scratch)
-        steps, prompt = ours(folder, args)
-        times = {name: [] for name in steps}
-        times["TRL 1.7.1"] = theirs(
-            folder, args, lambda number: [times[name].append(steps[name](number)) for name in steps]
+    found = {}
+    for batch in args.trl_batch:
+        with tempfile.TemporaryDirectory() as scratch:
+            medians, prompt = in_turn(build("toy", scratch), args, batch)
+        whole, training = medians[TRL]
+        found[batch] = {
+            name: {"seconds": [a, b], "times_as_fast": [whole / a, training / b]}
+            for name, (a, b) in medians.items()
+        }
+        print(
+            f"toy, CPU, {torch.get_num_threads()} threads: {args.prompts} prompts of {prompt} "
+            f"tokens, G = {args.group}, responses of {args.response} tokens, one update a step; "
+            f"TRL's passes of {batch} responses"
         )
-    median = {n: [statistics.median(x[k] for x in t[3:]) for k in (0, 1)] for n, t in times.items()}
-    print(
-        f"toy, CPU, {torch.get_num_threads()} threads: {args.prompts} prompts of {prompt} tokens, "
-        f"G = {args.group}, responses of {args.response} tokens, one update a step; TRL's passes "
-        f"of {args.trl_batch} responses"
-    )
-    print(f"{'':<20}{'step':>10}{'training':>10}{'TRL / step':>12}{'TRL / training':>16}")
-    whole, training = median["TRL 1.7.1"]
-    for name, (a, b) in median.items():
-        print(f"{name:<20}{a:>8.3f} s{b:>8.3f} s{whole / a:>12.2f}{training / b:>16.2f}")
-    print(json.dumps({**vars(args), "prompt": prompt, "seconds": median}))
+        print(f"{'':<20}{'step':>10}{'training':>10}{'TRL / step':>12}{'TRL / training':>16}")
+        for name, values in found[batch].items():
+            (a, b), (x, y) = values.values()
+            print(f"{name:<20}{a:>8.3f} s{b:>8.3f} s{x:>12.2f}{y:>16.2f}", flush=True)
+    if args.out:
+        about = {k: v for k, v in vars(args).items() if k != "out"}
+        about |= {"prompt": prompt, "threads": torch.get_num_threads()}
+        args.out.write_text(json.dumps({"settings": about, "by_trl_batch": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     checkpoint-N/            a Hugging Face folder: safetensors, config, tokenizer, processor files;
                              with LoRA the adapter in peft's format instead of the model
+    checkpoint-N/merged/     with LoRA and --merge: the model, as a Hugging Face folder
     checkpoint-N/trainer/    torch.distributed.checkpoint: master weights and optimiser state of
                              what is trained; its state.json: counters
 
@@ -93,9 +94,9 @@ def is_finished(out):
 
 def bytes_of(trained, frozen, cfg):
     """Of one checkpoint of so many parameters, in float32: the weights for other programs, with
-    LoRA those of the adapter alone; and of what is trained the weights for this one and two
-    moments."""
-    return 16 * trained + 4 * (0 if cfg.lora_rank else frozen)
+    LoRA those of the adapter alone, unless --merge asks for all; and of what is trained the weights
+    for this one and two moments."""
+    return 16 * trained + 4 * (frozen if cfg.merge or not cfg.lora_rank else 0)
 
 
 def check_space(model, steps, cfg, say):

@@ -1,9 +1,12 @@
 """What every file may import: stopping with one sentence, random draws that have a name, and files
 that are whole or not there."""
 
+import argparse
 import contextlib
+import difflib
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +26,25 @@ def fail(message, here=False):
     if rank == "0":
         sys.exit(f"error: {message}")
     sys.exit(f"error in process {rank}: {message}" if here else 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that is wrong gets one sentence, and a flag that is misspelt the nearest one.
+    A description keeps its lines."""
+
+    def __init__(self, description, **more):
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False, **more)
+
+    def error(self, message):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        meant = {}
+        for word in re.findall(r"--[\w-]+", message):
+            nearest = difflib.get_close_matches(word, known, 1)
+            if nearest and word not in known:
+                meant[word] = nearest[0]
+        hints = [f"{word} may be meant to be {flag}" for word, flag in meant.items()]
+        fail("; ".join([message, *hints, "see --help"]))
 
 
 def generator(*name):

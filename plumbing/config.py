@@ -24,7 +24,7 @@ from credit import CREDIT
 from loss import PERCEPTION
 from masking import MASKS, SOURCES, annealed
 from papo import ALGORITHMS
-from plumbing.common import fail
+from plumbing.common import Parser, fail
 from plumbing.compiled import check_compiler
 from plumbing.families import TOYS
 from plumbing.logs import LOGS, check_log
@@ -34,12 +34,13 @@ from reward import REWARDS
 FILE_ENDINGS = (".json", ".jsonl", ".parquet")  # of what cannot be a name on the hub
 
 
-def knob(default, help, choices=None, above=None, low=None, high=None):
+def knob(default, help, choices=None, part=None, **bounds):
     """A field of Config. choices: a list, or a registry whose names are read when they are needed.
 
-    above: it must be greater; low, high: it must lie between them, both included.
+    part: the heading in --help of a part that begins with it; bounds: above, it must be greater;
+    low, high: it must lie between them, both included
     """
-    about = {"help": help, "choices": choices, "above": above, "low": low, "high": high}
+    about = {"help": help, "choices": choices, "part": part, **bounds}
     return field(default=default, metadata=about)
 
 
@@ -47,7 +48,7 @@ def borrow(name, **differs):
     """A knob of Config as a knob of another program: the same, but for what differs there."""
     (known,) = (f for f in dataclasses.fields(Config) if f.name == name)
     default = differs.pop("default", known.default)
-    return field(default=default, metadata={**known.metadata, **differs})
+    return field(default=default, metadata={**known.metadata, "part": None, **differs})
 
 
 def algorithms():
@@ -57,8 +58,12 @@ def algorithms():
 
 @dataclass
 class Config:
-    # What is trained, on what, and where it goes.
-    algo: str = knob("papo_g", "algorithm; see papo.py", algorithms)
+    algo: str = knob(
+        "papo_g",
+        "algorithm; see papo.py",
+        algorithms,
+        part="What is trained, on what, and where it goes",
+    )
     model: str = knob(
         "",
         "Hugging Face name or folder, or toy, or toy-qwen3; default: toy without a CUDA device, "
@@ -86,9 +91,13 @@ class Config:
     steps: int = knob(202, "rollout steps; 202 = 2 epochs of ViRL39K", above=0)
     resume: bool = knob(False, "continue the run in --out from its newest whole checkpoint")
 
-    # Batch: prompts_per_step * group_size responses a step, and on them
-    # prompts_per_step / prompts_per_update optimiser updates.
-    prompts_per_step: int = knob(384, "prompts rolled out per step, over all processes", above=0)
+    prompts_per_step: int = knob(
+        384,
+        "prompts rolled out per step, over all processes",
+        above=0,
+        part="Batch: prompts_per_step * group_size responses a step, and on them prompts_per_step "
+        "/ prompts_per_update updates",
+    )
     group_size: int = knob(5, "G, responses per prompt")
     prompts_per_update: int = knob(128, "prompts per optimiser update, over all processes", above=0)
     tokens_per_forward: int = knob(
@@ -98,12 +107,12 @@ class Config:
         above=0,
     )
 
-    # The objective; see papo.py.
     objective: str = knob(
         "official",
         "official: what the released code optimises; paper: what the paper prints "
         "(docs/differences.md lists both)",
         ["official", "paper"],
+        part="The objective; see papo.py",
     )
     no_ref_kl: bool = knob(
         False,
@@ -163,8 +172,9 @@ class Config:
         "official", "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1", REWARDS
     )
 
-    # The masked picture; see masking.py.
-    mask: str = knob("random", "what the masked picture is", MASKS)
+    mask: str = knob(
+        "random", "what the masked picture is", MASKS, part="The masked picture; see masking.py"
+    )
     mask_ratio: float = knob(0.6, "p, the share of the picture that is blackened", low=0, high=1)
     mask_unit: str = knob(
         "patch",
@@ -177,11 +187,11 @@ class Config:
         "facebook/dinov2-base", "the DINOv2 of --mask semantic, a folder or hub name"
     )
 
-    # Credit and rollouts from the second picture; see credit.py and rollout.py.
     credit: str = knob(
         "none",
         "weights of the policy term, token by token, from what the picture adds to each",
         lambda: ["none", *CREDIT],
+        part="Credit and rollouts from the second picture; see credit.py and rollout.py",
     )
     credit_share: float = knob(
         0.4, "k of --credit vppo: the share of a response's tokens that it keeps", low=0, high=1
@@ -218,9 +228,10 @@ class Config:
         40 / 60, "gamma / t_max: when half of the noise is left", low=0, high=1
     )
 
-    # Which groups and responses count.
     dynamic_sampling: bool = knob(
-        False, "keep only groups with accuracy between the bounds, and refill (DAPO)"
+        False,
+        "keep only groups with accuracy between the bounds, and refill (DAPO)",
+        part="Which groups and responses count",
     )
     filter_low: float = knob(0.01, "a group's mean accuracy must be above this", low=0, high=1)
     filter_high: float = knob(0.99, "and below this", low=0, high=1)
@@ -235,12 +246,12 @@ class Config:
         False, "responses cut off at max_response_tokens are left out of the loss"
     )
 
-    # LoRA, see plumbing/lora.py; and a small card.
     card: str = knob(
         "",
         "settings with which one card of this memory trains Qwen2.5-VL-3B: LoRA, shorter "
         "responses, smaller pictures and a smaller batch",
         lambda: list(CARDS),
+        part="LoRA, see plumbing/lora.py; and a small card",
     )
     lora_rank: int = knob(
         0,
@@ -249,17 +260,28 @@ class Config:
         low=0,
     )
     lora_alpha: float = knob(32.0, "what the adapters add is weighed with lora_alpha / r", above=0)
+    merge: bool = knob(
+        False, "with LoRA: a checkpoint also holds the whole model, in its folder merged/"
+    )
 
-    # The optimiser.
-    lr: float = knob(1e-6, "learning rate; default with LoRA: ten times as much", above=0)
+    lr: float = knob(
+        1e-6,
+        "learning rate [1e-6]; default with LoRA: ten times as much",
+        above=0,
+        part="The optimiser",
+    )
     warmup_updates: int = knob(
         0, "updates over which the learning rate rises to lr; the first is never 0", low=0
     )
     weight_decay: float = knob(0.01, "AdamW weight decay")
     max_grad_norm: float = knob(1.0, "gradient clipping", above=0)
 
-    # Sampling and prompts.
-    temperature: float = knob(1.0, "sampling temperature, in training and evaluation", above=0)
+    temperature: float = knob(
+        1.0,
+        "sampling temperature, in training and evaluation",
+        above=0,
+        part="Sampling and prompts",
+    )
     top_p: float = knob(
         0.99,
         "nucleus; with top_p < 1 the trainer still scores the untruncated distribution, as "
@@ -278,9 +300,11 @@ class Config:
         ["float32", "bfloat16"],
     )
 
-    # The sampler; see rollout.py and plumbing/engine.py.
     sampler: str = knob(
-        "", "default: vllm where an engine can run, else hf (transformers)", ["vllm", "hf"]
+        "",
+        "default: vllm where an engine can run, else hf (transformers)",
+        ["vllm", "hf"],
+        part="The sampler; see rollout.py and plumbing/engine.py",
     )
     tensor_parallel: int = knob(1, "processes that share one vLLM engine", above=0)
     gpu_memory_utilization: float = knob(
@@ -300,12 +324,12 @@ class Config:
         low=0,
     )
 
-    # Memory and speed; never the result.
     packing: str = knob(
         "",
         "rows: one row a group, for CPUs; flat: one row in all, with FlexAttention; default: flat "
         "where there is a CUDA device",
         ["rows", "flat"],
+        part="Memory and speed; never the result",
     )
     activation_checkpointing: bool = knob(
         False,
@@ -320,8 +344,12 @@ class Config:
         False, "weights, gradients and moments live in host memory (CUDA, FSDP2)"
     )
 
-    # Watching and saving.
-    eval_every: int = knob(5, "steps between validations; 0: only before and after", low=0)
+    eval_every: int = knob(
+        5,
+        "steps between validations; 0: only before and after",
+        low=0,
+        part="Watching and saving",
+    )
     eval_questions: int = knob(200, "questions per split in a validation", above=0)
     eval_n: int = knob(8, "responses per question in the before/after table", above=0)
     save_every: int = knob(5, "steps between checkpoints; the last step is always saved", above=0)
@@ -330,8 +358,11 @@ class Config:
         "", "send each step's line of metrics.jsonl there too, if that package is installed", LOGS
     )
 
-    # The toy; see toy/task.py and toy/lessons.py.
-    warm_steps: int = knob(480, "supervised warm-start steps of the toy model")
+    warm_steps: int = knob(
+        480,
+        "supervised warm-start steps of the toy model",
+        part="The toy; see toy/task.py and toy/lessons.py",
+    )
     trust: bool = knob(
         False, "the toy model has learned to trust hints, not only to read carelessly"
     )
@@ -344,7 +375,7 @@ class Config:
     free_on_resume: ClassVar = frozenset(
         "tokens_per_forward packing activation_checkpointing compile cpu_offload "
         "gpu_memory_utilization sleep resume out steps eval_every eval_questions eval_n save_every "
-        "keep log".split()
+        "keep log merge".split()
     )
 
     def at_step(self, step):
@@ -406,8 +437,9 @@ MODELS = {
     "qwen2.5-vl-3b": {},
     "qwen2.5-vl-7b": {},
     "qwen3-vl-2b": {},
-    # A folder of toy/kinds.py, or what was trained from it; at 2e-4 ten steps are all there is.
-    "kinds": TINY | dict(lr=5e-5),
+    # The toy's model on other data, and what else toy/ makes, trained on or not; at 2e-4 the kinds
+    # of toy/kinds.py are learned in ten steps.
+    "tiny": TINY | dict(lr=5e-5),
 }
 # What fits a card; laid over the model's row. A quarter of the paper's batch, and three updates a
 # step as there. A group of five responses and its prompt fit into one pass.
@@ -436,11 +468,24 @@ def lora_rate(lr):
 
 
 def preset_of(model, data):
-    """Which row of MODELS fits: by data for the toy, else by the model's name."""
+    """Which row of MODELS fits: by data for the toy, by its size for a tiny model, else by the
+    model's name."""
     if data == "toy":
         return "toy"
+    if model in TOYS or is_tiny(model):
+        return "tiny"
     name = model.lower()
-    return next((row for row in MODELS if row != "toy" and row in name), "qwen2.5-vl-3b")
+    large = [row for row in MODELS if row not in ("toy", "tiny")]
+    return next((row for row in large if row in name), "qwen2.5-vl-3b")
+
+
+def is_tiny(model):
+    """Is it a folder with a model of the size of toy/model.py?"""
+    try:
+        about = json.loads((Path(model) / "config.json").read_text())
+        return about["text_config"]["hidden_size"] <= 256
+    except (OSError, ValueError, KeyError, TypeError):  # a hub name, or a folder without a model
+        return False
 
 
 def default_sampler(cuda):
@@ -511,6 +556,8 @@ def check_knobs(cfg, cuda):
             f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "
             "has a size between them"
         )
+    if cfg.merge and not cfg.lora_rank:
+        fail("--merge: without LoRA there is nothing to merge; give --lora_rank too")
     if cfg.packing == "flat" and not cuda:
         fail("--packing flat needs a CUDA device: FlexAttention has no backward pass on a CPU")
 
@@ -581,22 +628,27 @@ def check_bounds(name, value, bounds):
         fail(f"--{name} {value}: must not be negative")
 
 
-PAPO = "Train a vision-language model with PAPO. Defaults depend on model and algorithm."
+PAPO = """Train a vision-language model with PAPO.
+
+In brackets: what holds where neither the algorithm (ALGORITHMS in papo.py) nor the model (MODELS in
+plumbing/config.py) says otherwise. What a run uses is written into its config.json."""
 
 
 def parser(settings=Config, description=PAPO):
     """One flag per field of a program's settings, named as the field."""
-    p = argparse.ArgumentParser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, description=description
-    )
-    p.error = lambda message: fail(f"{message}; see --help")
+    about = dict(usage="%(prog)s [--flag value ...]", argument_default=argparse.SUPPRESS)
+    p = group = Parser(description, **about)
     for f in dataclasses.fields(settings):
-        help, choices = f.metadata["help"], f.metadata["choices"]
+        help, choices, part = (f.metadata[k] for k in ("help", "choices", "part"))
+        group = p.add_argument_group(part) if part else group
         if f.type is bool:
-            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
         else:
+            if f.default != "" and "default" not in help:
+                help += f" [{f.default:g}]" if f.type is float else f" [{f.default}]"
             choices = choices() if callable(choices) else choices and list(choices)
-            p.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help)
+            kind = None if choices else f.type.__name__
+            group.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help, metavar=kind)
     return p
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 DRAW_EVERY = 0.5  # seconds, on a terminal
-LINE_EVERY = 30.0  # seconds, elsewhere
+LINE_EVERY = 10.0  # seconds, elsewhere
 
 _under_way = []  # the Bars that are open, the outermost first
 _lock = threading.RLock()

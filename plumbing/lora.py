@@ -11,8 +11,8 @@ like the rest. Three things follow:
     pi_ref     is the policy with its adapters switched off (policy.WithoutAdapters): no second copy
     sampler    is sent W + (alpha / r) B A, under the name of W (policy.full_parameters)
 
-A checkpoint holds A and B in the format of Hugging Face's peft, which can load it;
-`python -m plumbing.merge` makes a whole model folder of it.
+A checkpoint holds A and B in the format of Hugging Face's peft, which can load it. --merge adds a
+whole model folder, and `python -m plumbing.merge` makes one afterwards.
 """
 
 import json

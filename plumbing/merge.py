@@ -6,7 +6,6 @@ writes checkpoint-202-merged beside it, or the folder that is named second: the 
 W + (alpha / r) B A for W, in float32, for eval.py, train.py, transformers and vLLM.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from plumbing.common import fail, first_line
+from plumbing.common import Parser, fail, first_line
 from plumbing.lora import CONFIG, PREFIX, WEIGHTS, add_adapters, of_adapter
 from plumbing.policy import Policy, find_model, load_vlm, save_hf
 
@@ -65,9 +64,7 @@ def merge(folder, out):
 
 def main():
     """Merge, as asked."""
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    p.error = lambda message: fail(f"{message}; see --help")
+    p = Parser(__doc__)
     p.add_argument("checkpoint", type=Path, help="a folder with an adapter")
     p.add_argument("out", type=Path, nargs="?", help="default: <checkpoint>-merged")
     args = p.parse_args()

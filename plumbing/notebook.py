@@ -1,7 +1,7 @@
 """walkthrough.py as a notebook: what its cells are, and walkthrough.ipynb made afresh from them.
 
     pip install -r requirements-dev.txt
-    python -m plumbing.notebook           # runs every cell; 10 minutes on 2 cores
+    python -m plumbing.notebook           # runs every cell; 7 minutes on 2 cores
     python -m plumbing.notebook --text    # only text has changed: takes it over, and runs nothing
 
 A cell begins at a line `# %%`, or `# %% [markdown]` for one of text, which stands in comments. Text
@@ -111,8 +111,8 @@ def main():
         made = with_answers(found)
         NotebookClient(made, resources={"metadata": {"path": str(PROJECT)}}).execute()
         taken = times(made)
-        slowest = max(taken, key=taken.get)
-        print(f"{sum(taken.values()):.1f} minutes; the longest cell: {taken[slowest]:.1f} ({slowest})")
+        longest = max(taken, key=taken.get)
+        print(f"{sum(taken.values()):.1f} minutes, of which {taken[longest]:.1f}: {longest}")
     write_atomically(NOTEBOOK, nbformat.writes(nbformat.from_dict(tidy(made))) + "\n")
     print(f"written: {NOTEBOOK.name}, {NOTEBOOK.stat().st_size / 1e6:.1f} MB")
 

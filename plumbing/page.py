@@ -7,7 +7,7 @@ light or dark. All that comes from data passes through html.escape.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 DARKEST = 3  # nats from which a word is drawn in full colour
@@ -49,6 +49,12 @@ picture: none at 0 nats, <code><span style="--s:1">full colour</span></code> at 
 more. Rest on a token to read its number.</p>"""
 
 
+CURVES = """<p class="r">A healthy run has a reward that rises, a perception_kl (KL_prcp: what the
+picture adds to what is said) that rises too and then levels off, and entropies that stay where they
+are. Where perception_kl, the clipped tokens and the entropies shoot up and the reward falls, the
+policy writes senseless text, because the perception loss rewards being different.</p>"""
+
+
 @dataclass
 class Run:
     """What is told of one run."""
@@ -58,6 +64,8 @@ class Run:
     metrics: list  # a dict a step
     evaluation: dict  # {"before", "after": {split: summary}}, or a loss each of sft.py's
     samples: list  # [(step, HTML of plumbing/samples.py)], the newest first
+    meanings: dict = field(default_factory=dict)  # {split: what is asked there}
+    left: dict = field(default_factory=dict)  # {signal of a collapse: when it left}
 
 
 def render(runs, panels):
@@ -71,9 +79,12 @@ def render(runs, panels):
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         *(f'<p class="r">{escape(subtitle(run))}</p>' for run in runs),
+        *(f"<p>{escape(outcome(run))}</p>" for run in runs),
         "<h2>Before and after</h2>",
         before_after(runs),
+        f'<p class="r">{escape(what_was_measured(runs))}</p>',
         "<h2>Curves</h2>",
+        CURVES,
         curves(runs, panels),
         samples(runs),
         "<h2>Settings</h2>",
@@ -91,6 +102,46 @@ def subtitle(run):
     of = f" of {cfg['steps']}" if cfg.get("steps") else ""
     commit = [f"commit {run.about['commit']}"] if run.about.get("commit") else []
     return ", ".join([f"{run.name}: step {step}{of}", *wanted, *commit])
+
+
+def outcome(run):
+    """What came of a run, in sentences."""
+    parts = []
+    if has_losses(run):
+        before, after, *_ = [*losses(run), "nothing yet"]
+        parts.append(f"The validation loss was {before}, and is {after}.")
+    elif run.evaluation.get("after"):
+        moves = {"rose": [], "fell": [], "did not clearly change": []}
+        for split in splits_of(run):
+            before, after, *_ = accuracy(run, split)
+            moves[direction(run, split)].append(f"{split} (from {before} to {after} %)")
+        said = [f"{move} on {', '.join(found)}" for move, found in moves.items() if found]
+        parts.append(f"Accuracy {'; it '.join(said)}.")
+    else:
+        parts.append("There is no accuracy after training yet.")
+    if run.left:
+        when = ", ".join(f"{name} at step {step}" for name, step in run.left.items())
+        parts.append(f"Signs of a collapse: {when} left where it used to be.")
+    return " ".join([f"{run.name}:", *parts])
+
+
+def direction(run, split):
+    """How accuracy moved: clearly where what it was before lies outside of the interval after."""
+    before, after = (run.evaluation[when][split] for when in ("before", "after"))
+    if after["low"] <= before["accuracy"] <= after["high"]:
+        return "did not clearly change"
+    return "rose" if after["accuracy"] > before["accuracy"] else "fell"
+
+
+def what_was_measured(runs):
+    """What the numbers of the table are, and what is asked in each split."""
+    counts = {(s.get("n"), s.get("questions")) for r in runs for s in splits_of(r).values()}
+    parts = [
+        f"Accuracy in per cent, the mean over {n} responses to each of {questions} questions."
+        for n, questions in sorted(c for c in counts if all(c))
+    ]
+    meanings = {k: v for run in runs for k, v in run.meanings.items()}
+    return " ".join(parts + [f"{split}: {meaning}." for split, meaning in meanings.items()])
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -275,6 +326,10 @@ def samples(runs):
 def block(found):
     """[(step, HTML)] -> a piece of HTML each, the first one open."""
     return [
-        f"<details{'' if i else ' open'}><summary>after step {step}</summary>{text}</details>"
+        f"<details{'' if i else ' open'}><summary>{when(step)}</summary>{text}</details>"
         for i, (step, text) in enumerate(found)
     ]
+
+
+def when(step):
+    return f"after step {step}" if step else "before training"

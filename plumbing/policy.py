@@ -416,6 +416,8 @@ def save(policy, folder, source, cfg, first):
     elsewhere = cfg.model in TOYS or Path(cfg.model).is_dir()  # not on the hub
     base = Path(source).resolve() if elsewhere else cfg.model
     lora.save_adapter(policy.vlm, folder, base, first)
+    if cfg.merge:
+        save_hf(policy, folder / "merged", source, first)
     if first:
         copy_files(source, folder, but=["config.json", "generation_config.json"])
 

@@ -5,7 +5,6 @@ console.
     python -m plumbing.report out/toy-grpo                   # one run's own page again
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -20,9 +19,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing.common import fail, may_write, pyplot, write_atomically
+from plumbing.common import Parser, fail, may_write, pyplot, write_atomically
 from plumbing.logs import numbers
 from plumbing.page import Run, render
+from toy.task import SPLITS
 
 PANELS = [
     ("reward and accuracy", ["reward", "accuracy", "val_accuracy", "val_followed"]),
@@ -221,14 +221,19 @@ def left_at(metrics):
 # --------------------------------------------------------------------------- lines and curves
 
 
+LINE = """KL_prcp is how far the policy on the picture is from the policy on the masked one, KL_ref
+how far it is from the policy before training (nats a token); H is its entropy, val the accuracy on
+held-out questions, grad the norm of the gradient, length that of a response in tokens."""
+
+
 def console_line(m, steps):
     """One step on one line."""
     parts = [f"step {m['step']:>{len(str(steps))}}/{steps}", f"reward {m['reward']:.3f}"]
-    parts += [f"accuracy {m['accuracy']:.3f}"]
+    parts += [f"accuracy {100 * m['accuracy']:.1f} %"]
     terms = [("KL_prcp", "perception_kl"), ("KL_ref", "ref_kl"), ("H", "entropy")]
     parts += [f"{label} {m[key]:.4f}" for label, key in terms if key in m]
-    parts += [f"val {m['val_accuracy']:.3f}"] if "val_accuracy" in m else []
-    parts += [f"hint followed {m['val_followed']:.3f}"] if "val_followed" in m else []
+    parts += [f"val {100 * m['val_accuracy']:.1f} %"] if "val_accuracy" in m else []
+    parts += [f"hint followed {100 * m['val_followed']:.1f} %"] if "val_followed" in m else []
     parts += [f"grad {m['grad_norm']:.2f}", f"length {m['response_tokens']:.1f}"]
     return "  ".join([*parts, f"{m['seconds']:.1f} s"])
 
@@ -291,7 +296,10 @@ def load_run(out):
     known = {int(p.stem): p for p in (out / "samples").glob("*.html") if int(p.stem) <= last}
     steps = sorted(known, reverse=True)
     samples = [(step, known[step].read_text()) for step in steps[:SAMPLES] + steps[SAMPLES:][-1:]]
-    return Run(out.name, said["config"], metrics, said["evaluation"], samples)
+    settings = said["config"].get("config", {})
+    meanings = SPLITS if settings.get("val_data") == "toy" and "algo" in settings else {}
+    left = left_at(metrics) if settings.get("gamma") else {}
+    return Run(out.name, said["config"], metrics, said["evaluation"], samples, meanings, left)
 
 
 def write_page(out):
@@ -301,8 +309,7 @@ def write_page(out):
 
 def main():
     """Put runs side by side, or write one run's page again, and say where it is."""
-    p = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
-    p.error = lambda message: fail(f"{message}; see --help")
+    p = Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folder of a run")
     p.add_argument("--out", type=Path, help="the page; default: beside the first run")
     args = p.parse_args()

@@ -86,8 +86,9 @@ def answered(out, settings):
 def as_trained(folder):
     """Sampling, limits and columns of the run that a checkpoint folder belongs to; {} for any other
     model."""
-    about = Path(folder).parent / "config.json"
-    if not Path(folder).name.startswith("checkpoint-") or not about.exists():
+    checkpoint = Path(folder).parent if Path(folder).name == "merged" else Path(folder)
+    about = checkpoint.parent / "config.json"
+    if not checkpoint.name.startswith("checkpoint-") or not about.exists():
         return {}
     cfg = json.loads(about.read_text())["config"]
     names = (

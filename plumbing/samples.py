@@ -75,16 +75,21 @@ def look(parts, prompt, rollout):
 
 
 def words(tokens, kl, tok):
-    """One response as [(text of a token, its nats, how dark it is drawn, 0 to 1)].
+    """One response as [(text of a token, its nats, how dark it is drawn, 0 to 1)]. Tokens that are
+    a character only together are one text, with their nats added up.
 
     tokens (n,); kl: a number a token, or None
     """
-    found = []
-    for t in range(len(tokens)):
-        nats = kl[t] if kl else 0.0
+    found, start = [], 0  # the first token that is not told of yet
+    for end in range(1, len(tokens) + 1):
         # A token's own text depends on what precedes it, but on no more than a character's bytes.
-        before, upto = (tok.decode(tokens[max(0, t - CONTEXT) : i]) for i in (t, t + 1))
+        before, upto = (tok.decode(tokens[max(0, start - CONTEXT) : i]) for i in (start, end))
+        broken_off = upto.endswith("\ufffd") and end - start <= CONTEXT
+        if broken_off and end < len(tokens):
+            continue
+        nats = sum(kl[start:end]) if kl else 0.0
         found.append((upto[len(before) :], nats, min(1.0, nats / DARKEST)))
+        start = end
     return found
 
 

@@ -29,6 +29,10 @@ from plumbing.processes import Processes
 from plumbing.sources import load, opened, usable, validation_split, warn_of_shared_rows
 from toy.model import keep, new_policy, processor, tokenizer
 
+SFT = """Supervised fine-tuning on conversations with pictures.
+
+In brackets: what holds where neither the recipe (RECIPES in plumbing/supervised.py) nor the model
+(MODELS in plumbing/config.py) says otherwise. What a run uses is written into its config.json."""
 TOY_ROWS = 2048  # of the toy's training data, which is made on demand, an epoch
 
 # How a model is fine-tuned; laid over the knobs' defaults and the model's row of MODELS.
@@ -65,7 +69,10 @@ class SftConfig:
     """Every knob of sft.py; those of train.py that it shares are borrowed from there."""
 
     recipe: str = knob(
-        "", "settings to start from; default: toy for --data toy, else fine_r1", RECIPES
+        "",
+        "settings to start from; default: toy for --data toy, else fine_r1",
+        RECIPES,
+        part="What is learned, from what, and where it goes",
     )
     model: str = borrow(
         "model",
@@ -88,24 +95,27 @@ class SftConfig:
     steps: int = borrow("steps", default=0, help="updates; 0: as --epochs says", above=None, low=0)
     resume: bool = borrow("resume")
     prompts_per_update: int = borrow(
-        "prompts_per_update", help="conversations per update, over all processes"
+        "prompts_per_update",
+        help="conversations per update, over all processes",
+        part="Batch and model",
     )
     tokens_per_forward: int = borrow("tokens_per_forward")
     cutoff: int = knob(4096, "longer conversations are left out", above=0)
     freeze_vision: bool = knob(False, "the vision tower stays as it is")
     lora_rank: int = borrow("lora_rank")
     lora_alpha: float = borrow("lora_alpha")
-    lr: float = borrow("lr")
+    merge: bool = borrow("merge")
+    lr: float = borrow("lr", part="The optimiser")
     warmup_updates: int = borrow("warmup_updates")
     weight_decay: float = borrow("weight_decay")
     max_grad_norm: float = borrow("max_grad_norm")
-    min_pixels: int = borrow("min_pixels")
+    min_pixels: int = borrow("min_pixels", part="Pictures, memory and speed")
     max_pixels: int = borrow("max_pixels")
     dtype: str = borrow("dtype")
     packing: str = borrow("packing")
     activation_checkpointing: bool = borrow("activation_checkpointing")
     cpu_offload: bool = borrow("cpu_offload")
-    eval_every: int = borrow("eval_every")
+    eval_every: int = borrow("eval_every", part="Watching and saving")
     eval_questions: int = borrow("eval_questions", help="conversations in a validation")
     save_every: int = borrow("save_every")
     keep: int = borrow("keep")

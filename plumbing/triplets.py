@@ -16,7 +16,6 @@ The paper does not say which encoder was used, and its code for this was not rel
 encoder and the mean over a class are choices of this project.
 """
 
-import argparse
 import hashlib
 import json
 from functools import partial
@@ -25,7 +24,7 @@ from string import ascii_uppercase
 
 import torch
 
-from plumbing.common import fail, generator, may_write, write_atomically
+from plumbing.common import Parser, fail, generator, may_write, write_atomically
 from plumbing.console import track
 from plumbing.encoders import encoder_of
 from plumbing.pictures import original_bytes, rgb
@@ -193,9 +192,7 @@ def check(data, args):
 
 def parser():
     """The command line."""
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=style)
-    p.error = lambda message: fail(f"{message}; see --help")
+    p = Parser(__doc__)
     add = p.add_argument
     add("data", metavar="DATA", help="a hub name, a file or a folder; @split at its end")
     add("--out", required=True, type=Path, help="the parquet file to write")

@@ -36,14 +36,18 @@ def watch(parts, metrics, say):
 
 def evaluate(parts, when, say):
     """avg@n on every test split, before or after training, into evaluation.json -> {when: ...}"""
-    cfg, file = parts.cfg, Path(parts.cfg.out) / "evaluation.json"
+    cfg, out = parts.cfg, Path(parts.cfg.out)
+    file = out / "evaluation.json"
     summaries = json.loads(file.read_text()) if file.exists() else {}
     # What was measured before training stays; after it, a longer run is measured again.
     if cfg.val_data and (when == "after" or when not in summaries):
         summaries[when] = evaluate_splits(parts, splits_of(cfg.val_data), cfg.eval_n, "test")
         say("\n".join([f"accuracy {when} training:", *table(summaries[when])]))
+        if when == "before":
+            write_samples(parts, parts.validation[validation_split(cfg.val_data)], out, step=0)
         if parts.processes.first:
             write_atomically(file, json.dumps(summaries, indent=1))
+            report.write_page(out)
     return summaries
 
 

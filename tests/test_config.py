@@ -268,3 +268,24 @@ def test_gamma_and_the_entropies_are_annealed_together():
     )
     constant = dataclasses.replace(cfg, anneal_steps=0)
     assert constant.at_step(100) is constant
+
+
+def test_tiny_models_have_small_settings_on_any_data(folder, tmp_path):
+    """Those of Qwen2.5-VL-3B, with responses of 2,048 tokens, would never end on a laptop."""
+    own = tmp_path / "rows.parquet"
+    for model in ("toy", "toy-qwen3", str(folder)):
+        cfg, why = resolve({"model": model, "data": str(own)}, False)
+        assert why["settings"] == "tiny" and cfg.max_response_tokens == 48 and cfg.lr == 5e-5
+        cfg, why = resolve({"model": model, "data": "toy"}, False)
+        assert why["settings"] == "toy" and cfg.hint_right == 0.8
+    for model, settings in (("someone/tiny-Qwen2.5-VL-7B", "qwen2.5-vl-7b"), ("x/toy", None)):
+        wanted = settings or "qwen2.5-vl-3b"
+        assert resolve({"model": model, "data": str(own)}, False)[1]["settings"] == wanted
+
+
+def test_help_has_headings_defaults_and_every_flag():
+    for settings, flags in ((Config, 60), (SftConfig, 25)):
+        text = parser(settings, "What it is for.").format_help()
+        assert text.count("\n  --") >= flags and "Watching and saving:" in text
+    text = " ".join(parser().format_help().split())
+    assert "rollout steps; 202 = 2 epochs of ViRL39K [202]" in text and "[]" not in text

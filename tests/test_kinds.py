@@ -196,7 +196,7 @@ def test_the_loaders_read_the_files(folder):
 def test_the_base_is_a_folder_that_sft_learns_from(folder, tmp_path):
     model, data = folder / "base", folder / "sft.parquet"
     cfg, _ = resolve({"model": str(model), "data": str(data)}, cuda=False)
-    assert cfg.lr == MODELS["kinds"]["lr"] and cfg.min_pixels == 28 * 28
+    assert cfg.lr == MODELS["tiny"]["lr"] and cfg.min_pixels == 28 * 28
     flags = "--steps 1 --prompts_per_update 15 --lr 1e-3".split()
     ran = command("sft.py", "--model", model, "--data", data, "--out", tmp_path / "kinds", *flags)
     assert (tmp_path / "kinds/checkpoint-1/model.safetensors").exists(), ran.stderr

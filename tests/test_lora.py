@@ -238,6 +238,16 @@ def test_an_adapter_comes_back_and_merges_to_a_whole_folder(saved, tuned, rows, 
         merge(saved, tmp_path / "whole")
 
 
+def test_a_checkpoint_holds_both_where_it_is_asked_to(tuned, rows, folder, cfg, tmp_path):
+    both = replace(cfg, lora_rank=RANK, merge=True)
+    plumbing.policy.save(tuned, tmp_path, folder, both, first=True)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    whole = Policy(load_vlm(model_folder(str(tmp_path / "merged"), cfg)), tuned.banned)
+    assert torch.allclose(look(whole, rows), look(tuned, rows), atol=1e-5)
+    with pytest.raises(SystemExit, match="--merge: without LoRA there is nothing to merge"):
+        check(replace(cfg, merge=True), 1, False)
+
+
 def test_peft_loads_it(saved, tuned, folder, rows):
     peft = pytest.importorskip("peft")
     model = peft.PeftModel.from_pretrained(load_vlm(folder), saved).merge_and_unload()
@@ -378,7 +388,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_identical(tmp_path, folder):
 def test_two_processes_are_one(model, tmp_path):
     """FSDP2 over gloo, sharded adapters beside a sharded frozen model, layers made again in the
     backward pass; and the sampler's own copy is given merged weights."""
-    flags = ["--steps", 2, "--model", model, "--activation_checkpointing"]
+    flags = ["--steps", 2, "--model", model, "--activation_checkpointing", "--merge"]
     one, two = (train(tmp_path / str(n), *flags, processes=n) for n in (1, 2))
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
@@ -386,6 +396,12 @@ def test_two_processes_are_one(model, tmp_path):
     assert two[1]["sampler_gap"] < 1e-5
     x, y = (adapter(tmp_path / n / "checkpoint-2") for n in ("1", "2"))
     assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
+    merge(tmp_path / "2" / "checkpoint-2", tmp_path / "whole")
+    x, y = (
+        f / "model.safetensors" for f in (tmp_path / "whole", tmp_path / "2/checkpoint-2/merged")
+    )
+    x, y = load_file(x), load_file(y)
+    assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-6) for k in x)
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_a_page_tells_all_of_a_run_and_fetches_nothing(tmp_path):
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     for words in ("run: step 6 of 6, algo papo_g", "40.0", "70.0", "+30.0", "65.0 .. 75.0"):
         assert words in said
+    assert "run: Accuracy rose on general (from 40.0 to 70.0 %)" in said
     assert "25.0 → 25.0" in said and "gamma" in said and "abc1234" in said
     # Samples of steps that were run, the newest one open.
     assert re.findall(r"word\d", said) == ["word6", "word4", "word2"]
@@ -86,6 +87,30 @@ def test_a_page_tells_all_of_a_run_and_fetches_nothing(tmp_path):
     # An infinite gradient norm is not drawn.
     assert said.count("grad_norm") == 1 and sum(t == "polyline" for t, _ in read.tags) == 2
     assert "inf" not in [p for t, a in read.tags if t == "polyline" for p in a["points"].split()]
+
+
+def test_a_page_begins_with_what_came_of_the_run(tmp_path):
+    """Clearly changed is what lies outside of the interval; a signal that left is named, with its
+    step; and the toy's splits are explained."""
+    out = a_run(tmp_path / "run", val_data="toy")
+    before, after = ({"vision": summary(x), "blind": summary(x)} for x in (0.4, 0.4))
+    after |= {"vision": summary(0.1), "blind": summary(0.42)}
+    (out / "evaluation.json").write_text(json.dumps({"before": before, "after": after}))
+    first = report.load_run(out)
+    assert page.outcome(first) == (
+        "run: Accuracy fell on vision (from 40.0 to 10.0 %); it did not clearly change on blind "
+        "(from 40.0 to 42.0 %)."
+    )
+    assert "blind: the questions of vision with a black picture" in page.what_was_measured([first])
+    lines = [{"step": s, "reward": 0.5, "perception_kl": 0.1} for s in range(1, 30)]
+    lines.append({"step": 30, "reward": 0.1, "perception_kl": 3.0})
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    said = page.outcome(report.load_run(out))
+    assert said.endswith(
+        "collapse: perception_kl at step 30, reward at step 30 left where it used to be."
+    )
+    (out / "evaluation.json").unlink()
+    assert "no accuracy after training yet" in page.outcome(report.load_run(out))
 
 
 def test_two_runs_stand_side_by_side(tmp_path):
@@ -129,6 +154,7 @@ def test_a_page_on_a_run_that_has_just_begun_and_on_one_of_sft(tmp_path):
     report.write_page(out)
     read = Reader((out / "report.html").read_text())
     assert {"2.0000", "0.5000", "-1.5000"} <= set(read.words)
+    assert "run: The validation loss was 2.0000, and is 0.5000." in read.words
     assert "Which words" not in " ".join(read.words)
 
 

@@ -67,3 +67,13 @@ def test_the_page_says_of_a_step_what_was_measured():
     assert f"+{100 * found['papo_over_grpo']:.0f} % (the paper" in page
     words = " ".join(page.split())
     assert f"training is {found['compiled_speedup']:.2f} times as fast" in words
+
+
+def test_the_page_says_what_was_measured_against_trl():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    found = json.loads((ROOT / "results" / "versus_trl.json").read_text())["by_trl_batch"]
+    default, best = found["8"], found["128"]
+    rows = (default, "ours"), (best, "ours"), (default, "ours, masked_grad")
+    for table, name in rows:
+        step, training = table[name]["times_as_fast"]
+        assert f"| {step:.1f} times, and {training:.1f} times without sampling |" in page

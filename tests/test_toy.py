@@ -51,7 +51,7 @@ def test_train_and_test_pictures_never_coincide():
     """The divide is by content: every training board, the warm start's included, hashes to one side
     of it."""
     assert not any(held_out(make(seed, "train", i)[2]) for seed in (0, 1) for i in range(200))
-    assert all(held_out(make(0, split, i)[2]) for split in SPLITS + ["val"] for i in range(100))
+    assert all(held_out(make(0, split, i)[2]) for split in [*SPLITS, "val"] for i in range(100))
     pictures = {lesson(i, 0)[0].images[0].tobytes() for i in range(100)}
     assert not pictures & {make(0, "vision", i)[0].images[0].tobytes() for i in range(100)}
 

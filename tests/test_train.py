@@ -74,7 +74,7 @@ def test_what_a_run_leaves(finished):
     assert "general" in stdout and "vision" in stdout and "blind" in stdout
     assert str(out / "report.html") in stdout
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 2 * 4 * 2
+    assert page.count("<img") == 3 * 4 * 2  # before training, and at two validations
     assert "nats" in page and "after step 6" in page and "boxed" in page
     assert page.count("<polyline") > 12 and "step 6 of 6" in page
     after = json.loads((out / "evaluation.json").read_text())["after"]["vision"]["accuracy"]
@@ -412,7 +412,8 @@ def test_bad_input_gets_one_sentence(case, tmp_path, monkeypatch):
 def test_bad_input_ends_the_command_without_a_traceback(tmp_path):
     done = command("train.py", "--out", tmp_path / "run", "--gama", 1)
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: unrecognized arguments: --gama 1; see --help"
+    said = "unrecognized arguments: --gama 1; --gama may be meant to be --gamma; see --help"
+    assert done.stderr.strip() == f"error: {said}"
 
 
 def test_another_run_is_never_overwritten(finished):
@@ -436,7 +437,7 @@ def test_a_model_folder_without_processor_files(folder, tmp_path):
 def test_a_full_disk_stops_with_a_sentence(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     parts = SimpleNamespace(
-        cfg=SimpleNamespace(keep=2, lora_rank=0),
+        cfg=SimpleNamespace(keep=2, lora_rank=0, merge=False),
         processes=SimpleNamespace(first=True),
         optimiser=SimpleNamespace(updates=6, skipped=0),
         policy=torch.nn.Linear(100, 100),
@@ -450,15 +451,15 @@ def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
     """100 trained and 50 frozen parameters, 16 and 4 bytes each, are 1,800 bytes a checkpoint."""
     frozen = torch.nn.Linear(50, 1, bias=False).requires_grad_(False)
     model, said = torch.nn.Sequential(torch.nn.Linear(100, 1, bias=False), frozen), []
-    full, lora = SimpleNamespace(lora_rank=0), SimpleNamespace(lora_rank=4)
-    assert checkpoint.bytes_of(100, 50, full) == 1800
-    assert checkpoint.bytes_of(100, 50, lora) == 1600  # what is frozen is not in it
+    known = dict(full=(0, False, 1800), lora=(4, False, 1600), merged=(4, True, 1800))
+    for rank, merged, size in known.values():  # an adapter alone leaves out what is frozen
+        cfg = SimpleNamespace(lora_rank=rank, merge=merged)
+        assert checkpoint.bytes_of(100, 50, cfg) == size
 
     def check(free, steps=20, **flags):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        cfg = SimpleNamespace(
-            out=str(tmp_path), lora_rank=0, **{"save_every": 5, "keep": 2, **flags}
-        )
+        settings = {"lora_rank": 0, "merge": False, "save_every": 5, "keep": 2, **flags}
+        cfg = SimpleNamespace(out=str(tmp_path), **settings)
         checkpoint.check_space(model, steps, cfg, said.append)
 
     too_much = [

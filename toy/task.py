@@ -7,10 +7,9 @@ PAPO treats, in a size that fits a laptop.
 
     split     pictures    hint
     train     train       right with probability --hint_right, otherwise a plausible wrong answer
-    general   held out    as in training
-    vision    held out    the answer to the same question about another picture: says nothing
-    blind     held out    the `vision` questions with the picture blacked out: scored without seeing
     val       held out    as `vision`, other pictures; the only split that settings are chosen on
+
+and those of SPLITS.
 
 Every example is a pure function of (seed, split, index, --hint_right). A hash of the board decides
 which pictures may be trained on, so train and test pictures never coincide.
@@ -36,7 +35,12 @@ COLOURS = {
 }
 SHAPES = ["circle", "square", "triangle"]
 FAMILIES = ["count", "where", "compare", "add"]
-SPLITS = ["general", "vision", "blind"]  # what an evaluation reports
+# What an evaluation reports, all on held-out pictures.
+SPLITS = {
+    "general": "hints are right as often as in training",
+    "vision": "a hint is the answer to the same question about another picture, and says nothing",
+    "blind": "the questions of vision with a black picture: what can be had without looking",
+}
 
 
 # ----------------------------------------------------------------------- pictures and questions
