@@ -30,6 +30,7 @@ from plumbing.common import first_line, write_atomically
 from plumbing.config import resolve
 from plumbing.engine import SYNC_TOLERANCE, check_sync
 from plumbing.policy import response_logprobs, score_only
+from plumbing.processes import gathered
 from plumbing.report import read_metrics
 from plumbing.setup import setup
 from plumbing.vision import ATTENTION
@@ -136,10 +137,7 @@ class SelfTest:
         logp.sum().backward()
         layers = policy.vlm.model.language_model.layers
         weights = [layers[i].self_attn.o_proj.weight for i in (0, len(layers) - 1)]
-        grads = [
-            w.grad.full_tensor() if hasattr(w.grad, "full_tensor") else w.grad for w in weights
-        ]
-        gradient = torch.cat([g.flatten().float() for g in grads])
+        gradient = torch.cat([gathered(w.grad).flatten().float() for w in weights])
         policy.zero_grad()
         return logp.detach(), gradient
 

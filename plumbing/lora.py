@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from plumbing.common import generator
+from plumbing.processes import gathered
 
 # The layers with an adapter, by their names in the model, for us and for peft (re.fullmatch). Only
 # the decoder's: parts of Qwen2.5-VL's vision tower are called gate_proj, up_proj and down_proj too.
@@ -53,13 +54,8 @@ class Adapted(nn.Linear):
     @torch.no_grad()
     def merged(self):
         """W + (alpha / r) B A, whole and in float32: (out, in). Collective if sharded."""
-        W, A, B = (whole(p) for p in (self.weight, self.lora_A.weight, self.lora_B.weight))
+        W, A, B = (gathered(p) for p in (self.weight, self.lora_A.weight, self.lora_B.weight))
         return torch.addmm(W.float(), B, A, alpha=self.scale)
-
-
-def whole(p):
-    """A parameter, gathered from all processes where it is sharded."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def add_adapters(vlm, cfg):
@@ -126,7 +122,7 @@ def save_adapter(vlm, folder, base, first):
     weights = {}
     for name, p in vlm.named_parameters():
         if of_adapter(name):
-            value = whole(p).detach()
+            value = gathered(p).detach()
             if first:
                 weights[PREFIX + name] = value.cpu().contiguous()
     if not first:

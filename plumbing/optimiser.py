@@ -6,7 +6,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from plumbing.console import say
-from plumbing.processes import device_memory
+from plumbing.processes import device_memory, gathered
 
 
 def constant(warmup):
@@ -79,7 +79,7 @@ class Optimiser:
     def step(self, policy):
         """Clip the gradients and take the update, or refuse it; then forget the gradients."""
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), self.cfg.max_grad_norm)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        norm = gathered(norm).item()
         lr = self.cfg.lr * self.schedule(self.updates)
         if math.isfinite(norm):
             for group in self.adamw.param_groups:

@@ -33,6 +33,7 @@ from plumbing.families import (
     load_image_processor,
 )
 from plumbing.packing import UNSEEN, attention_mask, may_attend, pack
+from plumbing.processes import gathered
 from plumbing.vision import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -405,7 +406,7 @@ def full_parameters(policy):
         if isinstance(layer, lora.Adapted) and leaf == "weight":
             yield name, layer.merged()
         elif not lora.of_adapter(name):
-            yield name, lora.whole(p).detach()
+            yield name, gathered(p).detach()
 
 
 def save(policy, folder, source, cfg, first):

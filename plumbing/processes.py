@@ -21,6 +21,11 @@ def device_memory(device):
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def gathered(tensor):
+    """A tensor, whole on every process where it is sharded. Collective then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def grow_segments():
     """Let the allocator of CUDA memory give partly used segments back, without which an engine that
     wakes up may find none; before its first allocation, and unless the user has settings for it."""

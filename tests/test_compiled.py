@@ -12,6 +12,7 @@ from plumbing import lora
 from plumbing.common import generator
 from plumbing.compiled import check_compiler, compile_layers
 from plumbing.policy import Policy, WithoutAdapters, load_vlm, sharded_policy
+from plumbing.processes import gathered
 from rollout import TransformersSampler
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,7 @@ def gradients(policy, rows):
     logp = policy(rows, rows.pixels).logp
     logp.sum().backward()
     grads = (p.grad for p in policy.parameters() if p.requires_grad)
-    return logp.detach(), [lora.whole(g).clone() for g in grads]
+    return logp.detach(), [gathered(g).clone() for g in grads]
 
 
 def same(a, b):
