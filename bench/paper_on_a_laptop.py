@@ -138,13 +138,19 @@ class Runs:
             "config": {k: v for k, v in about["config"].items() if k != "out"},
             "seconds": round(sum(m["seconds"] + m.get("val_seconds", 0) for m in metrics)),
             **{when: evaluation[when] for when in ("before", "after")},
-            "left": left_at(metrics),
             "series": {k: v for k, v in digits.items() if any(x is not None for x in v)},
         }
 
     def after(self, flags, seeds, split="vision", what="accuracy", when="after"):
         """Per cent on a test split after training, or before, one number a seed."""
         return [100 * self.done[flags, seed][when][split][what] for seed in seeds]
+
+
+def lines_of(run):
+    """A run's metrics again, a dict a step."""
+    columns = run["series"]
+    rows = zip(*columns.values())
+    return [{k: v for k, v in zip(columns, row) if v is not None} for row in rows]
 
 
 def markdown(heads, rows):
@@ -213,7 +219,8 @@ def better(a, b, at_least):
 
 
 def collapses(runs, claim):
-    """A gamma that is too large ends below the warm start; and the order in which signals leave."""
+    """A gamma that is too large ends below the warm start; and the order in which signals leave,
+    each when it is twice what it was."""
     flags = claim.arms["too large"]
     change = [
         100 * (r["after"]["vision"]["accuracy"] - r["before"]["vision"]["accuracy"])
@@ -221,7 +228,8 @@ def collapses(runs, claim):
     ]
     found = [("falls below the warm start", *verdict([-x for x in change]))]
     for seed in claim.seeds:
-        order = sorted((step, name) for name, step in runs.done[flags, seed]["left"].items())
+        left = left_at(lines_of(runs.done[flags, seed]), factor=2)
+        order = sorted((step, name) for name, step in left.items())
         said = ", ".join(f"{name} {step}" for step, name in order) or "none"
         found.append((f"signals leave at step, seed {seed}", "", said))
     return found

@@ -87,9 +87,14 @@ def open_folder(out, cfg, say):
 
 
 def is_finished(out):
-    """Has the run in a folder come to its end? What it measured then is there."""
-    file = out / "evaluation.json"
-    return file.exists() and "after" in json.loads(file.read_text())
+    """Has the run in a folder come to its end? What it measured then is there; without validation
+    data the checkpoint of its last step is."""
+    evaluation, about = out / "evaluation.json", out / "config.json"
+    if evaluation.exists():
+        return "after" in json.loads(evaluation.read_text())
+    cfg = json.loads(about.read_text())["config"] if about.exists() else {}
+    ended = cfg.get("steps") and not cfg.get("val_data")
+    return bool(ended) and is_whole(out / f"checkpoint-{cfg['steps']}")
 
 
 def bytes_of(trained, frozen, cfg):

@@ -173,7 +173,12 @@ class Config:
     )
 
     mask: str = knob(
-        "random", "what the masked picture is", MASKS, part="The masked picture; see masking.py"
+        "random",
+        "the masked picture. random: black patches; raw: black cells of the picture before it is "
+        "resized; semantic: black where DINOv2 looks most; noise; contrast: another picture; "
+        "absent: none",
+        MASKS,
+        part="The masked picture; see masking.py",
     )
     mask_ratio: float = knob(0.6, "p, the share of the picture that is blackened", low=0, high=1)
     mask_unit: str = knob(
@@ -424,6 +429,7 @@ TINY = dict(
     min_pixels=28 * 28,
     max_pixels=64 * 28 * 28,
     mask_unit="token",
+    trust=True,
     # The machine.
     dtype="float32",
     tokens_per_forward=8192,
@@ -433,7 +439,7 @@ TINY = dict(
 )
 # What differs between models; an unknown one gets the settings of Qwen2.5-VL-3B.
 MODELS = {
-    "toy": TINY | dict(trust=True, hint_right=0.8),  # the shortcut
+    "toy": TINY | dict(hint_right=0.8),  # the shortcut
     "qwen2.5-vl-3b": {},
     "qwen2.5-vl-7b": {},
     "qwen3-vl-2b": {},
@@ -551,6 +557,8 @@ def check_knobs(cfg, cuda):
         looks_like_a_path = given.startswith((".", "/")) or given.endswith(FILE_ENDINGS)
         if looks_like_a_path and not Path(given).exists():
             fail(f"--{name} {given}: there is no such file or folder, seen from {Path.cwd()}")
+    if cfg.model.startswith((".", "/")) and not Path(cfg.model).is_dir():
+        fail(f"--model {cfg.model}: there is no such folder, seen from {Path.cwd()}")
     if cfg.min_pixels > cfg.max_pixels:
         fail(
             f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "

@@ -39,6 +39,7 @@ class Bar:
         if total is not None:
             form = "{desc} {n_fmt}/{total_fmt} " + unit + ", {remaining} left{postfix}"
         self.about = dict(desc=title, total=total, initial=done, unit=f" {unit}", leave=False)
+        self.about["smoothing"] = 0  # the time left is told by the whole pace so far
         self.about |= {"mininterval": DRAW_EVERY} if self.terminal else {"bar_format": form}
         # A whole of one part says nothing, and neither do other processes.
         self.about["disable"] = total == 1 or not first()

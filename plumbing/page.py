@@ -49,10 +49,12 @@ picture: none at 0 nats, <code><span style="--s:1">full colour</span></code> at 
 more. Rest on a token to read its number.</p>"""
 
 
-CURVES = """<p class="r">A healthy run has a reward that rises, a perception_kl (KL_prcp: what the
-picture adds to what is said) that rises too and then levels off, and entropies that stay where they
-are. Where perception_kl, the clipped tokens and the entropies shoot up and the reward falls, the
-policy writes senseless text, because the perception loss rewards being different.</p>"""
+WITHOUT = "No accuracy was measured, since there were no validation data (--val_data)."
+CURVES = """<p class="r">In a healthy run the reward rises, while perception_kl (KL_prcp, how far
+the policy on the picture is from the policy on the masked one) and the entropies fall or stay.
+Where perception_kl, the clipped tokens and the entropies shoot up and the reward falls, the policy
+writes senseless text: the perception loss rewards being different, and that is different too.</p>
+"""
 
 
 @dataclass
@@ -118,7 +120,9 @@ def outcome(run):
         said = [f"{move} on {', '.join(found)}" for move, found in moves.items() if found]
         parts.append(f"Accuracy {'; it '.join(said)}.")
     else:
-        parts.append("There is no accuracy after training yet.")
+        measured = run.about.get("config", {}).get("val_data")
+        why = "There is no accuracy after training yet." if measured else WITHOUT
+        parts.append(why)
     if run.left:
         when = ", ".join(f"{name} at step {step}" for name, step in run.left.items())
         parts.append(f"Signs of a collapse: {when} left where it used to be.")
@@ -137,7 +141,8 @@ def what_was_measured(runs):
     """What the numbers of the table are, and what is asked in each split."""
     counts = {(s.get("n"), s.get("questions")) for r in runs for s in splits_of(r).values()}
     parts = [
-        f"Accuracy in per cent, the mean over {n} responses to each of {questions} questions."
+        f"Accuracy in per cent, the mean over {n} responses to each of {questions} questions; "
+        "pass@n: the share of questions with at least one right response."
         for n, questions in sorted(c for c in counts if all(c))
     ]
     meanings = {k: v for run in runs for k, v in run.meanings.items()}
@@ -165,7 +170,7 @@ def is_number(cell):
 
 def before_after(runs):
     """The tables of all runs in one, split by split."""
-    heads, rows = ["split", "run", "before", "after", "change", "95 % interval after"], []
+    heads, rows = ["split", "run", "before", "after", "change", "95 % interval after", "pass@n"], []
     for split in dict.fromkeys(split for run in runs for split in splits_of(run)):
         rows += [
             (split, run.name, *accuracy(run, split)) for run in runs if split in splits_of(run)
@@ -187,7 +192,7 @@ def splits_of(run):
 
 
 def accuracy(run, split):
-    """Per cent -> (before, after, change, interval after, and perhaps of wrong hints)"""
+    """Per cent -> (before, after, change, interval after, pass@n, and perhaps of wrong hints)"""
     before = run.evaluation["before"][split]
     after = run.evaluation.get("after", {}).get(split)
     b = 100 * before["accuracy"]
@@ -195,9 +200,10 @@ def accuracy(run, split):
     if after:
         a, low, high = (100 * after[k] for k in ("accuracy", "low", "high"))
         cells[1:] = [f"{a:.1f}", f"{a - b:+.1f}", f"{low:.1f} .. {high:.1f}"]
-    if "followed" in before:
-        then = f" → {100 * after['followed']:.1f}" if after else ""
-        cells.append(f"{100 * before['followed']:.1f}{then}")
+    for name in ("pass", "followed"):
+        if name in before:
+            then = f" → {100 * after[name]:.1f}" if after else ""
+            cells.append(f"{100 * before[name]:.1f}{then}")
     return cells
 
 
@@ -256,7 +262,7 @@ def panel(title, lines):
     if not any(points for _, points in lines):
         return ""
     x, y = (scale([p[k] for _, points in lines for p in points]) for k in (0, 1))
-    width, height, left, top = 300, 170, 38, 8  # of the plot: from (38, 8) to (292, 150)
+    width, height, left, top = 300, 170, 46, 8  # of the plot: from (46, 8) to (292, 150)
 
     def place(point):
         across = left + (point[0] - x[0]) / (x[1] - x[0]) * (width - left - 8)

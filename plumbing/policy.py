@@ -235,6 +235,8 @@ def whole_model(folder):
         )
     if not (folder / "config.json").exists():
         fail(f"{folder} holds no model: there is no config.json")
+    if made := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
+        fail(f"{folder} is a run and no model; give one of its checkpoints, such as {made[-1]}")
     return folder
 
 

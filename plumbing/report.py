@@ -46,10 +46,14 @@ def opening(cfg, why):
         "distribution"
     )
     lora = f", LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else ""
+    falling = f" falling to 0 over {cfg.anneal_steps} steps" if cfg.anneal_steps else ""
     return (
         f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
         f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}{lora}, settings of "
         f"{why['settings']}, output {cfg.out}\n"
+        f"{cfg.steps} steps of {cfg.prompts_per_step} x {cfg.group_size} responses, lr {cfg.lr:g}, "
+        f"gamma {cfg.gamma:g}{falling * (cfg.gamma > 0)}, beta {cfg.beta:g}, eta {cfg.eta1:g} and "
+        f"{cfg.eta2:g}; these and all others are in config.json there\n"
         f"sampler {cfg.sampler} ({why['sampler']}), temperature {cfg.temperature}, top_p "
         f"{cfg.top_p}{nucleus if cfg.top_p < 1 else ''}"
     )
@@ -163,7 +167,8 @@ def peak_gb():
 
 # Figure 11 of the paper: how a run looks when the perception loss is being hacked. KL_prcp and the
 # clip fraction leave first, both entropies last. (metric, factor over its running median that is
-# too much, a value below which it is only noise)
+# too much, a value below which it is only noise.) The factors are for warnings: KL_prcp moves most
+# in sound runs.
 SIGNS_OF_COLLAPSE = [
     ("perception_kl", 5.0, 0.05),
     ("clip_high_fraction", 3.0, 0.002),
@@ -205,12 +210,17 @@ def collapse_warnings(metrics):
     return lines
 
 
-def left_at(metrics):
+def left_at(metrics, factor=None):
     """Lines of a whole run -> {signal: the first step at which it had left}; one that stayed is not
-    in it. The reward has left when it is below half of its best so far."""
+    in it. The reward has left when it is below half of its best so far.
+
+    factor: one for all signals, which it takes to say which of them leaves first; default: those of
+    the warnings
+    """
+    signs = [(name, factor or own, floor) for name, own, floor in SIGNS_OF_COLLAPSE]
     left, best = {}, 0.0
     for i, line in enumerate(metrics):
-        gone = [sign[0] for sign in SIGNS_OF_COLLAPSE if away(metrics[: i + 1], sign)[0]]
+        gone = [sign[0] for sign in signs if away(metrics[: i + 1], sign)[0]]
         best = max(best, line["reward"])
         gone += ["reward"] if line["reward"] < best / 2 else []
         for name in gone:
@@ -222,8 +232,9 @@ def left_at(metrics):
 
 
 LINE = """KL_prcp is how far the policy on the picture is from the policy on the masked one, KL_ref
-how far it is from the policy before training (nats a token); H is its entropy, val the accuracy on
-held-out questions, grad the norm of the gradient, length that of a response in tokens."""
+how far it is from the policy before training (nats a token); H is its entropy, gamma the weight of
+KL_prcp (once it is 0, the masked picture is not scored), val the accuracy on held-out questions,
+grad the norm of the gradient, length that of a response in tokens."""
 
 
 def console_line(m, steps):
@@ -232,6 +243,7 @@ def console_line(m, steps):
     parts += [f"accuracy {100 * m['accuracy']:.1f} %"]
     terms = [("KL_prcp", "perception_kl"), ("KL_ref", "ref_kl"), ("H", "entropy")]
     parts += [f"{label} {m[key]:.4f}" for label, key in terms if key in m]
+    parts += [f"gamma {m['gamma']:.2g}"] if m["gamma"] else []
     parts += [f"val {100 * m['val_accuracy']:.1f} %"] if "val_accuracy" in m else []
     parts += [f"hint followed {100 * m['val_followed']:.1f} %"] if "val_followed" in m else []
     parts += [f"grad {m['grad_norm']:.2f}", f"length {m['response_tokens']:.1f}"]

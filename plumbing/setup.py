@@ -83,16 +83,21 @@ def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
     log = open_log(cfg, processes.first)
+    if cfg.model not in TOYS and Path(cfg.model).is_dir():  # what is wrong with it shows at once
+        find_model(cfg.model)
+    examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
+    held_out = {
+        split: load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
+        for split in validation_splits(cfg.val_data)
+    }
     folder = processes.one_by_one(lambda: model_folder(cfg.model, cfg))
     must_fit(folder, cfg, processes)
     processors = load_processors(folder, cfg)
-    examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
     second = cfg.second_pictures
     examples = usable(examples, processors, cfg.max_prompt_tokens, cfg, processes, second)
     stream = Stream(examples, cfg.seed, *processors, partial(encode_with, second))
     validation = {}
-    for split in validation_splits(cfg.val_data):
-        data = load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
+    for split, data in held_out.items():
         validation[split] = usable(data, processors, cfg.max_prompt_tokens, cfg, processes)
         if processes.first:
             warn_of_shared_rows(examples, validation[split])

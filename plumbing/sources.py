@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plumbing.common import fail, first_line, write_atomically
 from plumbing.console import fetching, say, track
-from plumbing.data import Example, prompt_text, seconds
+from plumbing.data import IMAGE, Example, prompt_text, seconds
 from plumbing.pictures import original_bytes, tokens_from_header
 from plumbing.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
 from plumbing.splits import asked_for, open_rows
@@ -72,7 +72,7 @@ class Rows:
                 f"{name} has no column {', '.join(sorted(missing))}; it has "
                 f"{', '.join(rows.column_names)} ({self.column_flags} say which is which)"
             )
-        self.instruction = instruction
+        self.instruction, self.unknown = instruction, {}  # words that a tokenizer does not know
         self.pictures = {"images": columns[2]}  # {field of an Example: column}
         for name, known in SECOND.items():
             if found := [column for column in known if column in rows.column_names]:
@@ -145,6 +145,7 @@ class Rows:
         needs one of each of these.
         """
         found, indices = {}, range(len(self.rows))[part]
+        known_words = tok.unk_token_id is None  # as of a tokenizer that reads bytes
         batches = [indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)]
         for batch in track(batches, f"checking {self.name}", f"x {AT_ONCE} rows"):
             columns, texts, known = self.rows[list(batch)], [], []
@@ -153,6 +154,9 @@ class Rows:
                     row = {c: values[k] for c, values in columns.items()}
                     example = self.example(index, row)
                     text = self.written(example, tok)
+                    if not known_words:
+                        said = f"{example.problem.removesuffix(self.instruction)} {example.answer}"
+                        self.unknown.update(unknown_words(said, tok))
                     sizes = [tokens_from_header(p, image_processor) for p in example.images]
                     for picture in seconds(example, second):
                         tokens_from_header(picture, image_processor)
@@ -209,9 +213,16 @@ def opened(name, read):
             return read()
     except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
         fail(
-            f"data {name!r} cannot be read ({first_line(error)}); give a hub name, a parquet, json "
+            f"data {name!r} cannot be read ({reason(error)}); give a hub name, a parquet, json "
             "or jsonl file or a folder of them"
         )
+
+
+def reason(error):
+    """What went wrong while data were read, in one line. Of files whose columns differ `datasets`
+    says so in the last line of what the error came from, and lists the columns before it."""
+    lines = str(error.__cause__ or error).splitlines()
+    return " ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else first_line(error)
 
 
 def benchmark(name, root):
@@ -250,6 +261,13 @@ def shared_rows(train, held_out):
             ours = contents(held_out[index])
             found += [index] if any(contents(train[k]) == ours for k in same[text]) else []
     return found
+
+
+def unknown_words(text, tok):
+    """The words of a text that a tokenizer has no token for, as the keys of a dict."""
+    found = text.replace(IMAGE, " ").split()
+    ids = tok(found, add_special_tokens=False)["input_ids"] if found else []
+    return dict.fromkeys(word for word, tokens in zip(found, ids) if tok.unk_token_id in tokens)
 
 
 def undecoded(rows, columns):
@@ -301,6 +319,12 @@ def usable(data, processors, longest, cfg, processes, second=()):
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults, cfg.strict)
+    if data.unknown:
+        say(
+            f"warning: the model's tokenizer does not know {len(data.unknown)} words of {data.name}"
+            f", such as {', '.join([*data.unknown][:5])}: it reads each of them as the same "
+            f"{processors[0].unk_token}, and cannot write them"
+        )
     return Selection(data, faults)
 
 
@@ -331,8 +355,11 @@ def left_out(out, data, faults, strict):
     write_atomically(file, "".join(lines))
     if len(faults) == len(data):
         fail(f"none of the {len(data)} rows of {data.name} can be used; {file} says why")
-    kinds = collections.Counter(re.sub(r"[\d.]+|\(.*\)", "N", why) for why in faults.values())
-    counted = "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
+    kinds = collections.defaultdict(list)
+    for index in sorted(faults):
+        kinds[re.sub(r"[\d.]+|\(.*\)", "N", faults[index])].append(index)
+    most = sorted(kinds.values(), key=len, reverse=True)
+    counted = "; ".join(f"{len(k)} as row {k[0]}: {faults[k[0]]}" for k in most)
     say(
         f"{len(faults)} of {len(data)} rows of {data.name} are left out ({file} names them): "
         f"{counted}"

@@ -58,4 +58,4 @@ def show(out, summaries, say):
     if summaries:
         say("\n".join(report.before_after(summaries)))
     written = sorted(p for p in out.iterdir() if not p.name.startswith("."))
-    say(f"written: {', '.join(map(str, written))}")
+    say(f"written: {', '.join(map(str, written))}; look at {out / 'report.html'}")

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 from conftest import COPIES, ROOT, SMALL, command
 from PIL import Image, ImageFile
 
+from plumbing import setup
+from plumbing.config import resolve
 from plumbing.data import Example, encode
 from plumbing.families import to_picture
 from plumbing.pictures import rgb, tokens_from_header
+from plumbing.processes import Processes
 from plumbing.sources import (
     BENCHMARKS,
     Rows,
@@ -25,6 +29,7 @@ from plumbing.sources import (
     left_out,
     load,
     shared_rows,
+    usable,
     warn_of_shared_rows,
 )
 from plumbing.splits import splits_of_files
@@ -534,3 +539,33 @@ def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
     flags = ["--sampler", "hf", "--data", train, "--strict", "--out", tmp_path / "s.jsonl"]
     strict = command("eval.py", "--model", folder, *flags)
     assert strict.returncode != 0 and "row 1 of train: a picture cannot be read" in strict.stderr
+
+
+def test_words_that_the_tokenizer_lacks_are_named(processors, cfg, tmp_path, capsys):
+    """The toy's knows few: it would read "ball" as it reads every other unknown word."""
+    rows = example_rows(3)
+    rows[1] |= {"problem": "<image> what colour is the ball ?", "answer": "magenta"}
+    for name, some in (("known", rows[:1]), ("unknown", rows)):
+        data = Rows(str(parquet(tmp_path / f"{name}.parquet", some)), "train")
+        where = replace(cfg, out=str(tmp_path))
+        assert len(usable(data, processors, 256, where, Processes(alone=True))) == len(some)
+        said = capsys.readouterr().out
+        assert ("does not know" in said) == (name == "unknown")
+    assert "ball" in said and "magenta" in said and "<image>" not in said and "colour" not in said
+
+
+def test_columns_are_looked_at_before_a_model_is(tmp_path, monkeypatch):
+    """Nothing is downloaded or learned for a file that lacks one."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "how many ?", "answer": "3"}))
+    monkeypatch.setattr(setup, "model_folder", lambda *_: pytest.fail("a model was looked for"))
+    cfg = resolve({"model": "toy", "data": str(path), "out": str(tmp_path / "run")}, False)[0]
+    with pytest.raises(SystemExit, match="has no column images, problem; it has question, answer"):
+        setup.setup(cfg)
+
+
+def test_files_that_do_not_fit_together_are_named(tmp_path):
+    for name, row in (("a", {"problem": "?", "answer": "3", "images": []}), ("b", {"other": "x"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="cannot be read .*column names don't match"):
+        load(str(tmp_path), "train", 0, 0, resolve({"model": "toy"}, False)[0])

@@ -219,7 +219,7 @@ def test_blind_is_the_toys_own_blind_split(answered, folder, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--model", "/nowhere"], "neither a folder"),
+        (["--model", "/nowhere"], "there is no such folder"),
         (["--n", "2"], "--model"),
         (["--model", "toy", "--n", "0"], "at least 1"),
         (["--compare", "/nowhere", "/nowhere"], "cannot be read"),

@@ -3,8 +3,13 @@ train two steps of the toy through the command's own entry point."""
 
 import json
 import os
+from dataclasses import replace
 
+import torch
 from conftest import ROOT, SMALL, command
+
+import masking
+from plumbing.families import to_picture
 
 ENTRY = "\n\nif __name__ == '__main__':\n    import train\n    train.main()\n"
 
@@ -22,18 +27,39 @@ def fork(tmp_path, code, *flags):
     return metrics, json.loads((out / "config.json").read_text())["config"]
 
 
-def test_a_new_mask(tmp_path):
-    code = """
-from masking import kind
+# A mask that means places: the left half of each picture. Rows of pixels come in blocks of merge x
+# merge patches (row_order), the pictures of a prompt one after the other; a grid is (1, h, w).
+LEFT_HALF = """
+import torch
 
-@kind("none")
-def nothing_masked(prompt, masker, generator):
-    return prompt.pixels.clone()
+from masking import kind, mask_patches
+from plumbing.families import row_order
+
+@kind("left")
+def left_half(prompt, masker, generator):
+    merge = masker.image_processor.merge_size
+    columns = [row_order(grid, merge) % grid[2] for grid in prompt.grid]
+    chosen = [column < grid[2] // 2 for column, grid in zip(columns, prompt.grid)]
+    return mask_patches(prompt.pixels, torch.cat(chosen), masker.black)
 """
-    metrics, cfg = fork(tmp_path, code, "--mask", "none", "--prompts_per_step", 2)
-    # One update a step, so the other picture is scored under the weights of that very update, and
-    # is the same picture.
-    assert cfg["mask"] == "none" and all(abs(m["perception_kl"]) < 1e-9 for m in metrics)
+
+
+def test_a_new_mask(tmp_path):
+    metrics, cfg = fork(tmp_path, LEFT_HALF, "--mask", "left", "--prompts_per_step", 2)
+    assert cfg["mask"] == "left" and all(m["perception_kl"] > 0 for m in metrics)
+
+
+def test_its_mask_is_where_it_should_be(folder, cfg, processors, prompts, monkeypatch):
+    monkeypatch.setattr(masking, "MASKS", dict(masking.MASKS))
+    exec(LEFT_HALF, {})
+    masker = masking.Masker(replace(cfg, mask="left"), processors[1])
+    prompt = prompts[0]
+    seen = (
+        to_picture(x, prompt.grid[0], processors[1]) for x in (prompt.pixels, masker(prompt, None))
+    )
+    whole, masked = seen
+    half = whole.shape[1] // 2
+    assert not masked[:, :half].any() and torch.equal(masked[:, half:], whole[:, half:])
 
 
 def test_a_new_reward(tmp_path):

@@ -390,7 +390,8 @@ BAD = {
     "batch arithmetic": (["--prompts_per_step", "5"], "not a multiple"),
     "group of one": (["--group_size", "1"], "at least 2"),
     "mask ratio": (["--mask_ratio", "1.5"], "between 0 and 1"),
-    "no such model": (["--model", "/nowhere"], "neither a folder"),
+    "no such model": (["--model", "/nowhere"], "there is no such folder"),
+    "a run for a model": (["--model", "RUN"], "is a run and no model; give one of its checkpoints"),
     "resume of nothing": (["--resume"], "no run in"),
     "no such data": (["--data", "/nowhere.parquet"], "no such file"),
     "no such data here": (["--data", "rows.json", "--warm_steps", "479"], "no such file"),
@@ -401,6 +402,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_sentence(case, tmp_path, monkeypatch):
     flags, words = BAD[case]
+    (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "other" / "config.json").write_text('{"config": {}}')
+    flags = [str(tmp_path / "other") if flag == "RUN" else flag for flag in flags]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *SMALL, *flags])
     with pytest.raises(SystemExit) as stopped:
         module.main()
@@ -414,6 +418,19 @@ def test_bad_input_ends_the_command_without_a_traceback(tmp_path):
     assert done.returncode == 1
     said = "unrecognized arguments: --gama 1; --gama may be meant to be --gamma; see --help"
     assert done.stderr.strip() == f"error: {said}"
+
+
+def test_a_run_without_validation_ends_too(tmp_path):
+    """It has measured nothing, so its last checkpoint says that it has ended."""
+    settings = {"steps": 4, "val_data": ""}
+    (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
+    for step in (2, 4):
+        assert not checkpoint.is_finished(tmp_path)
+        (tmp_path / f"checkpoint-{step}" / "trainer").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "trainer" / "state.json").touch()
+    assert checkpoint.is_finished(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"config": settings | {"val_data": "toy"}}))
+    assert not checkpoint.is_finished(tmp_path)
 
 
 def test_another_run_is_never_overwritten(finished):

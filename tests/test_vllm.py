@@ -2,6 +2,7 @@
 run."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -278,6 +279,31 @@ def test_a_sync_streams(engine, trainer, monkeypatch):
     monkeypatch.setattr(plumbing.engine, "full_parameters", counted)
     engine.sync(trainer)
     assert 0 < most[0] < total / 4
+
+
+def test_the_model_runner_is_the_one_that_is_asked_for(engine):
+    (modules,) = engine.llm.collective_rpc(
+        lambda worker: [kind.__module__ for kind in type(worker.model_runner).__mro__]
+    )
+    v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    assert ("vllm.v1.worker.gpu.model_runner" in modules) == v2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above have run it")
+def test_the_model_runner_of_cuda_does_the_same():
+    """Runner V2 under some of the tests above: its sampler, its log-probs, its weights anew."""
+    some = "model_runner_is or greedy or logprobs or (caches and fresh)"
+    flags = ["-q", "-p", "runner_v2", "-m", "not slow", "-k", some, "tests/test_vllm.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        text=True,
+        capture_output=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-3000:]
 
 
 # -------------------------------------------------------------------------- the real commands

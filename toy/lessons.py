@@ -17,8 +17,8 @@ import sft
 from loss import policy_logits, token_logprobs
 from masking import black_row, choose_patches, mask_patches
 from plumbing import packing
-from plumbing.common import generator
-from plumbing.console import Bar
+from plumbing.common import fail, generator
+from plumbing.console import Bar, say
 from plumbing.data import Example, encode
 from plumbing.optimiser import Optimiser, constant
 from plumbing.policy import Policy, in_place
@@ -185,9 +185,13 @@ def cached(name, parts, learn):
     folder = cache / name
     if folder.is_dir():
         return folder
+    say(f"the toy's policy first learns to read pictures: a few minutes, once, kept in {cache}")
     threads = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, os.cpu_count()))
-    learn()
+    try:
+        learn()
+    except KeyboardInterrupt:
+        fail("stopped while the toy's policy was learning to read; nothing of that is kept")
     torch.set_num_threads(threads)
     return keep(parts, folder)
 
