@@ -73,7 +73,13 @@ from train import train_step
 #
 # The last line starts the *warm start* in the background. It is a short supervised training that
 # teaches a tiny Qwen2.5-VL with random weights to read pictures, as pretraining does for a large
-# model. It takes about two minutes, and only once: its result is kept in `~/.cache/papo`.
+# model. It also teaches the habit that PAPO is to cure. The last of its teachers misreads one fact
+# in three, repeats one hint in four without a look, and repeats *every* hint when the picture is
+# masked. So the policy knows both ways to an answer, and reinforcement learning decides.
+#
+# It takes about two minutes, and only once: its result is kept in `~/.cache/papo`. Where other
+# programs use the cores, it can take many times as long: `OMP_WAIT_POLICY=PASSIVE` before the
+# command keeps threads from waiting in circles.
 
 # %%
 FAST = bool(os.environ.get("WALKTHROUGH_FAST"))
@@ -138,9 +144,9 @@ for split, examples in drawn.items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# One way is to repeat the hint. That is right four times out of five in `train`, and less than half
-# of the time in `val`. The other way is to learn by heart which answer each question has most
-# often. That is right in less than half of the cases in both splits, but it holds in both.
+# One way is to repeat the hint. That is right four times out of five in `train`, and three times
+# out of ten in `val`. The other way is to learn by heart which answer each question has most often.
+# That is right in little more than a third of the cases, in both splits.
 #
 # So a policy that repeats the hint gets four fifths of the reward without a look. Most of its
 # rollouts are right, and reinforcement learning makes likelier whatever was right. This is the
@@ -173,7 +179,9 @@ for split, examples in drawn.items():
 # }
 # print(blind)
 # assert blind["repeat the hint"][0] > 0.7 and blind["repeat the hint"][1] < 0.5
-# assert blind["learn answers by heart"][0] < 0.6 and blind["learn answers by heart"][1] < 0.5
+# if not FAST:  # the test of this file has too few questions to learn by heart
+#     assert all(0.3 < share < 0.45 for share in blind["learn answers by heart"])
+#     assert 0.25 < blind["repeat the hint"][1] < 0.35
 # ```
 #
 # </details>
@@ -195,6 +203,8 @@ for _ in tqdm(range(90), "warm start", unit="s"):
 # *advantage* of response $i$ compares it with its own group (`papo.group_advantages`):
 #
 # $$A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R)}$$
+#
+# (with G - 1 below the root of std, and 1e-6 added to it).
 #
 # `setup` builds all parts of a training run: the policy, its frozen copy from before training (the
 # *reference*), the sampler, the masker, the grader and the stream of training prompts.
@@ -238,9 +248,11 @@ last.set(title="advantage", xlabel="response", xticks=responses)
 show("2-group")
 
 # %% [markdown]
-# Look at the right responses. Some of them have read the picture. Where the hint is right, a
-# response that only repeats it has the same reward, and then the same advantage: the policy
-# gradient cannot tell the two apart.
+# In this group the hint is wrong, so whoever repeats it has only the 0.1 for the form. But look at
+# what the right responses have read: `1 + 0` is what is in the upper row plus what is in the lower
+# one. One that misreads a row, and arrives at the right number by luck, has the same reward and so
+# the same advantage as one that reads well. Where the hint is right, the same holds for one that
+# only repeats it. The policy gradient cannot tell them apart.
 #
 # **Exercise 2.** In many groups all rewards are equal: the question is so easy that all eight
 # responses are right, or so hard that all are wrong. Which advantages does such a group have? Which
@@ -248,6 +260,11 @@ show("2-group")
 #
 # $$J = \mathrm{mean}\{\min(\rho A, \mathrm{clip}(\rho) A) - \beta\,\mathrm{KL}(\pi\|\pi_{ref})
 # + \gamma\,\mathrm{KL}(\pi\|\pi_{mask}) - \eta_1 H[\pi] - \eta_2 H[\pi_{mask}]\}$$
+#
+# The mean is over all tokens. $\rho$ is $\pi / \pi_{old}$, the policy over what it was when it
+# sampled, and clip keeps it between 0.8 and 1.3. $\pi_{ref}$ is the policy before training,
+# $\pi_{mask}$ the policy on the masked picture (section 3), $H$ the entropy. In the toy's runs
+# $\beta$ is 0.01, $\gamma$ falls from 0.3 to 0, and both $\eta$ are 0.
 
 # %%
 # Your answer goes here.
@@ -255,9 +272,10 @@ show("2-group")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Every reward is the mean, so every advantage is 0, and the policy term has no gradient. All other
-# terms are there as before. So PAPO's perception term also learns from questions that are too easy
-# or too hard for the reward. (DAPO and PAPO_D throw such groups away and draw others, Eq. (3).)
+# Every reward is the mean, so every advantage is 0, and the policy term has no gradient. The
+# perception term still trains on the group, and so does the KL to the reference once the policy has
+# left it; of the entropies see section 5. So PAPO also learns from questions that are too easy or
+# too hard for the reward. (DAPO and PAPO_D throw such groups away and draw others, Eq. (3).)
 #
 # ```python
 # equal = papo.group_advantages(torch.full((8,), 0.9))
@@ -317,8 +335,8 @@ show("3-ratios")
 # %% [markdown]
 # There are other kinds. `raw` blackens squares of 14 x 14 pixels of the original picture, before it
 # is resized for the model; this one needs no resizing, so here the squares are the patches. `noise`
-# adds Gaussian noise; the paper rejects it, and you can see why. `contrast` is another picture from
-# the data, and `absent` is no picture at all.
+# adds Gaussian noise; the paper rejects it, since what is in the picture stays readable. `contrast`
+# is another picture from the data, and `absent` is no picture at all.
 #
 # `semantic` blackens what the vision model DINOv2 attends to most (`plumbing/saliency.py`, Eq. (4)
 # to (6)). Its weights would have to be downloaded, so the DINOv2 here has *random* weights. It
@@ -398,8 +416,8 @@ for (word, _, _), seen_t, masked_t in zip(said, logp[0, shown], masked[0, shown]
 # $$k_3 = e^{d} - d - 1, \qquad d = \log \pi_{mask}(o_t) - \log \pi_\theta(o_t)$$
 #
 # Below, four questions of `val` whose hint is wrong, one of each family: the picture, the masked
-# picture (the toy masks whole cells, `--mask_unit token`), and one response. The darker a word, the
-# larger its $k_3$ (full orange: 3 nats or more).
+# picture (the toy masks whole cells, `--mask_unit token`), and the response with the highest
+# reward. The darker a word, the larger its $k_3$ (full orange: 3 nats or more).
 
 # %%
 wrong = [e for e in drawn["val"] if not e.tags["hint_right"]]
@@ -425,7 +443,8 @@ show("4-heat-map")
 # `\boxed{`, ...), the first word of the thought, the numbers, colours and shapes behind it, and the
 # answer in the box.
 #
-# Then measure it: the next cell adds $k_3$ up by the kind of word, over many responses.
+# Then measure it: the next cell takes the mean of $k_3$ by the kind of word, over many responses;
+# the signs between the facts are a fifth kind.
 
 
 # %%
@@ -465,7 +484,9 @@ show("4-kinds-of-words")
 #
 # The first word glows most. There the policy decides to look (it names a colour, a shape or a cell)
 # or to repeat the hint (*a friend says*), and without the picture it prefers the hint. A response
-# that begins with *a* glows there too: its $d$ is positive, and PAPO lowers that word.
+# that begins with *a* glows there too: its $d$ is positive, and PAPO lowers that word. We taught it
+# that: in the warm start every hint was repeated when the picture was masked. A large model may
+# have such a habit from its own training data, which the toy does not show.
 #
 # Facts glow where they are read off cells that the mask hides. The form and the signs hardly glow,
 # since they are the same for every picture.
@@ -488,13 +509,13 @@ show("4-kinds-of-words")
 # ## 5. The loss by hand (minutes 45-60)
 #
 # How should one estimate KL($\pi\|\pi_{mask}$) from a single sampled token? With
-# $r = \pi(o) / \pi_{mask}(o)$ there are three candidates:
+# $r = \pi(o) / \pi_{mask}(o)$, so that $d = -\log r$ in section 4, there are three candidates:
 #
-# | name | value | where it comes from |
-# |---|---|---|
-# | log-ratio | $\log r$ | the definition of the KL |
-# | k3 | $1/r + \log r - 1$ | the released code (`loss.k3`) |
-# | printed | $r - \log r - 1$ | section 3.2 of the paper (`loss.printed_kl`) |
+# | name | value | where it comes from | its mean |
+# |---|---|---|---|
+# | log-ratio (k1) | $\log r$ | the definition of the KL | the KL |
+# | k3 | $1/r + \log r - 1$ | the released code (`loss.k3`) | the KL; never below 0, so quieter |
+# | printed | $r - \log r - 1$ | section 3.2 of the paper (`loss.printed_kl`) | another number |
 #
 # The left picture shows their values, the right one their slopes in $\log \pi(o)$: how hard each
 # pushes the token up or down. On the right of a picture are tokens that the image made likelier.
@@ -525,10 +546,10 @@ show("5-estimators")
 # $$E_\pi[f] = \sum_o \pi(o) f(o)$$
 #
 # The question is how many red objects there are. With the picture the policy says 3. Without it, it
-# repeats the hint, 5.
+# repeats the hint, 4.
 
 # %%
-tokens = ["3", "5", "red", "same", "circle", "}"]
+tokens = ["3", "4", "red", "same", "circle", "}"]
 pi = torch.tensor([0.60, 0.10, 0.10, 0.08, 0.07, 0.05], dtype=torch.float64)
 pi_mask = torch.tensor([0.15, 0.55, 0.10, 0.08, 0.05, 0.07], dtype=torch.float64)
 logits = pi.log().requires_grad_()  # softmax of these logits is pi
@@ -542,22 +563,23 @@ def expected(f):
 
 def gradient(value):
     """In the logits, (6,)"""
-    return torch.autograd.grad(value, logits)[0]
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
 
 log_pi = logits.log_softmax(-1)
 released = expected(k3(log_pi, log_mask, clamp=0)[0])
 printed = expected(printed_kl(log_pi, log_mask, clamp=0)[0])
-log_pi = logits.log_softmax(-1)
 kl, _ = exact_kl(log_pi, log_mask)  # KL(pi || pi_mask)
-other_kl = exact_kl(log_mask, logits.log_softmax(-1))[0]  # KL(pi_mask || pi)
-print(f"mean of k3       {released:.4f}      KL(pi || pi_mask) {kl:.4f}")
-print(f"mean of printed  {printed:.4f}      KL(pi_mask || pi) {other_kl:.4f}")
+other_kl, _ = exact_kl(log_mask, log_pi)  # KL(pi_mask || pi)
+chi2 = ((pi - pi_mask) ** 2 / pi_mask).sum()
+print(f"mean of k3       {released:.4f}      KL(pi || pi_mask)         {kl:.4f}")
+print(f"mean of printed  {printed:.4f}      chi^2 - KL(pi || pi_mask) {chi2 - kl:.4f}")
 
 # %% [markdown]
-# The mean of k3 *is* the KL that the paper names; the printed form is something else. But training
-# does not use the mean. It uses the gradient of each sampled token. Here is what the gradient of
-# k3 is on average, beside the gradients of the two directions of the KL.
+# The mean of k3 *is* the KL that the paper names. The mean of the printed form is not: it is k3 of
+# the other KL, but only for tokens that were sampled from $\pi_{mask}$, and these were not. And
+# training does not use the mean. It uses the gradient of each sampled token. Here is what the
+# gradient of k3 is on average, beside the gradients of the two directions of the KL.
 
 # %%
 pushes = {
@@ -578,15 +600,16 @@ show("5-gradients")
 # The released loss has the value of one KL and follows the gradient of the *other* one. This comes
 # from the sampling: the tokens come from $\pi$, and how often they come has no gradient. Look at
 # *circle*. It is no answer at all, but with the picture it is a little likelier than without (7 %
-# against 5 %), and so the released gradient raises it.
+# against 5 %), and so the released gradient raises it, while that of the KL that is named would
+# lower it. (All this is about one token, behind a beginning that the policy itself has sampled. In
+# later updates on the same rollouts the tokens come from an older policy.)
 #
 # The entropies hold the second surprise. The released code lowers $-\log\pi$ of the sampled token,
 # whose mean is the entropy. Here is its expected gradient, beside that of the true entropy.
 
 # %%
-log_pi = logits.log_softmax(-1)
 sampled = gradient(expected(sampled_entropy(log_pi)))
-exact = gradient(exact_entropy(logits.log_softmax(-1)))
+exact = gradient(exact_entropy(log_pi))
 print("E[grad of the sampled entropy] ", [f"{x:+.4f}" for x in sampled.tolist()])
 print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 
@@ -594,7 +617,9 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # **Exercise 5.** (a) Work out E[grad k3] in the logits with pencil and paper: the slope of k3 in
 # $\log\pi(o)$ is $1 - 1/r$, and the gradient of $\log\pi(o)$ in logit $v$ is $[o = v] - \pi(v)$.
 # (b) Swap the two policies, as the printed form does. What is its expected gradient?
-# (c) Why is the expected gradient of the sampled entropy zero?
+# (c) Why is the expected gradient of the sampled entropy zero? And that of the log-ratio?
+# (d) A fourth estimator, k2, is $\frac{1}{2} \log^2 r$. Its mean is not the KL. What is its
+# expected gradient?
 
 # %%
 # Your answer goes here.
@@ -605,14 +630,20 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # (a) $\sum_o \pi(o) (1 - \pi_{mask}(o)/\pi(o)) ([o = v] - \pi(v)) = \pi(v) - \pi_{mask}(v)$.
 # Maximising it moves away from what the blind policy says, token by token. It never asks whether a
 # token is true: a token without meaning gets away from the blind policy as well as a true one does.
-# That is how a large gamma destroys a policy (section 7).
+# That is how a large gamma destroys a policy (section 7). The exact KL, in the direction that is
+# named, does so too (*exact: none* in `results/paper_on_a_laptop.md`): neither direction asks for
+# what is true.
 #
 # (b) The slope of the printed form is $r - 1$, which gives $\pi(v)\,(r(v) - E_\pi[r])$. It grows
 # with r without bound, so one token that the image made very likely can rule the update.
 #
-# (c) $\sum_o \pi(o) \nabla \log\pi(o) = \sum_o \nabla\pi(o) = \nabla 1 = 0$. In a real run the term
-# is not quite without effect: after the first update the tokens come from an older policy, and
-# `--top_p 0.99` cuts off rare tokens.
+# (c) $\sum_o \pi(o) \nabla \log\pi(o) = \sum_o \nabla\pi(o) = \nabla 1 = 0$, and the log-ratio has
+# the same slope. In a real run the entropy term is not without effect: from a step's second update
+# on, the tokens come from an older policy, and lowering $-\log\pi$ of these pulls the policy back
+# to the one that sampled. (With large models `--top_p 0.99` cuts off rare tokens besides.)
+#
+# (d) Its slope is $\log r$, so its expected gradient is $\sum_o \nabla\pi(o) \log r(o)$: that of
+# KL($\pi\|\pi_{mask}$), the KL that the paper names. k3 has the right value, k2 the right gradient.
 #
 # ```python
 # p, m = pi.tolist(), pi_mask.tolist()
@@ -629,8 +660,11 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # for v in range(6):
 #     assert math.isclose(hand_k3[v], p[v] - m[v], abs_tol=1e-12)
 #     assert math.isclose(hand_printed[v], p[v] * (p[v] / m[v] - mean_r), abs_tol=1e-12)
-# again = gradient(expected(printed_kl(logits.log_softmax(-1), log_mask, clamp=0)[0]))
-# assert torch.allclose(again, torch.tensor(hand_printed, dtype=torch.float64), atol=1e-12)
+# hand_printed = torch.tensor(hand_printed, dtype=torch.float64)
+# assert torch.allclose(gradient(printed), hand_printed, atol=1e-12)
+# k2 = gradient(expected((log_pi - log_mask) ** 2 / 2))
+# assert torch.allclose(k2, pushes["grad KL(pi || pi_mask)"], atol=1e-12)
+# assert pushes["E[grad k3], as released"][4] > 0 > k2[4]  # circle
 # assert torch.allclose(pushes["E[grad k3], as released"], pi - pi_mask, atol=1e-12)
 # assert torch.allclose(pushes["grad KL(pi_mask || pi)"], pi - pi_mask, atol=1e-12)
 # assert math.isclose(released.item(), kl.item())
@@ -646,7 +680,9 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # `papo.objective` adds the terms up, over all tokens of a batch at once. To see that there is
 # nothing more to it, we write it a second time, for one token, with plain Python numbers.
 #
-# All weights are on here, gamma and beta as in the toy's runs, and both etas at 0.03.
+# All weights are on here, gamma and beta as in the toy's runs, and both etas at 0.03. Two bounds
+# that the formula of section 2 leaves out: a token with a negative advantage adds at most
+# `dual_clip` times its size (3), and no KL counts for more than `kl_clamp` nats (10).
 
 # %%
 all_on = replace(cfg, eta1=0.03, eta2=0.03)
@@ -708,7 +744,8 @@ print(f"papo.objective {loss_of(seen, all_on):.6f}      plain Python {twin:.6f}"
 # %% [markdown]
 # What each token of one response adds to the loss, above with all terms, below without the policy
 # term, which is so much larger. Training goes downhill: what lies below the line is gained. But the
-# optimiser follows slopes and not heights: a tall bar may have no slope at all.
+# optimiser follows slopes and not heights: a tall bar may have no slope at all. (After one update
+# the policy has hardly left the reference, so the bars of beta are too low to be seen.)
 
 # %%
 texts = [word.strip() for word, _, _ in words(rollout.tokens[shown], None, tok)]
@@ -748,7 +785,8 @@ show("6-terms")
 #
 # The loss changes for all four. The gradient changes for three: without eta2 it is the same to the
 # last bit. The masked branch has no gradient in the released form, so eta2 weighs a constant. It is
-# in the loss that is logged, and in no update.
+# in the loss that is logged, and in no update. With eta1 each sampled token has a slope; it is
+# their mean over the policy that is zero (exercise 5).
 #
 # ```python
 # def loss_and_gradient(settings):
@@ -826,9 +864,10 @@ panels = {
     "val_followed": "wrong hints followed",
     "perception_kl": "KL_prcp, nats a token",
     "entropy": "entropy, nats a token",
+    "masked_entropy": "entropy, masked picture",
     "reward": "reward",
 }
-figure, axes = plt.subplots(1, len(panels), figsize=(15, 2.8), layout="constrained")
+figure, axes = plt.subplots(1, len(panels), figsize=(17, 2.8), layout="constrained")
 for axis, (name, title) in zip(axes, panels.items()):
     for label, lines in runs.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -844,9 +883,10 @@ show("7-training")
 # GRPO has no KL_prcp, since it has no masked branch. PAPO_G lowers gamma to 0 over its first 20
 # steps (`--anneal_steps`), and from then on it has none either.
 #
-# **Exercise 7.** (a) What is gained with PAPO_G, and what is lost? Compare `val` with `general`,
-# where hints are as good as in training. (b) In the run with too large a gamma, which signal leaves
-# first: the reward, the entropy, or KL_prcp? (c) What could one watch to stop such a run in time?
+# **Exercise 7.** (a) What is gained with PAPO_G? Is anything lost on `general`, where hints are as
+# good as in training? With which hints would you expect a loss? (b) In the run with too large a
+# gamma, which signal is the first to be twice what it was: KL_prcp or one of the entropies? Or is
+# the reward halved before? (c) What could one watch to stop such a run in time?
 
 # %%
 # Your answer goes here.
@@ -854,24 +894,25 @@ show("7-training")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# (a) In most runs GRPO's reward rises because it learns to repeat the hint: it follows more wrong
-# hints than before, and its accuracy on `val` stays behind. PAPO_G nearly stops following them. On
-# `general`, where the hint is worth something, the two are close. What is lost shows when the hint
-# is right 19 times out of 20 (section 8): there a policy that looks, and misreads now and then, is
-# worse on `general` than one that repeats the hint.
+# (a) GRPO's reward rises here because it learns to repeat the hint, as in three of five seeds: it
+# follows more wrong hints than before, and its accuracy on `val` stays behind. PAPO_G nearly stops
+# following them. On `general`, where the hint is worth something, nothing is lost. A loss shows
+# when the hint is right 19 times out of 20 (section 8): there a policy that looks, and misreads now
+# and then, is worse on `general` than one that repeats the hint.
 #
-# (b) `plumbing.report.left_at` says at which step each signal left its usual range. Here the
-# entropies usually go first, then the reward; KL_prcp is the last. In the paper's figure 11 it is
-# the other way round. Most of what is rewarded here is to differ from the policy on the masked
-# picture, and a word without meaning differs as well.
+# (b) KL_prcp is, as in the paper's figure 11; the entropies follow, and then the reward is halved
+# (`plumbing.report.left_at` compares the mean of three steps with the median before them). Most of
+# what is rewarded here is to differ from the policy on the masked picture, and a word without
+# meaning differs as well.
 #
-# (c) The entropies, and the reward itself. `train.py` watches four signals and prints a warning.
+# (c) KL_prcp, the entropies and the share of clipped tokens: `train.py` watches these four, and
+# prints a warning (the factors are in `plumbing/report.py`, `SIGNS_OF_COLLAPSE`).
 #
 # ```python
 # from plumbing.report import left_at
 #
 # first, last = {k: v[0] for k, v in runs.items()}, {k: v[-1] for k, v in runs.items()}
-# left = left_at(runs["gamma too large"][1:])
+# left = left_at(runs["gamma too large"][1:], factor=2)
 # print("left at step:", left)
 # assert len({line["val_accuracy"] for line in first.values()}) == 1  # one warm start
 # assert not any("perception_kl" in line for line in runs["GRPO"])
@@ -880,8 +921,7 @@ show("7-training")
 #     assert last["PAPO_G"]["val_accuracy"] > last["GRPO"]["val_accuracy"]
 #     assert last["PAPO_G"]["val_followed"] < first["PAPO_G"]["val_followed"]
 #     assert last["gamma too large"]["val_accuracy"] < 0.2
-#     assert min(left["entropy"], left["masked_entropy"]) <= left["reward"]
-#     assert left.get("perception_kl", math.inf) > left["reward"]
+#     assert left["perception_kl"] < min(left["entropy"], left["masked_entropy"], left["reward"])
 # ```
 #
 # </details>
@@ -892,11 +932,15 @@ show("7-training")
 # `bench/paper_on_a_laptop.py` holds eight claims to this toy, each with several seeds and with a
 # rule that was written down before the runs. *Confirmed* means that the rule is met. *Contradicted*
 # means that the 95 % interval lies on the other side. Everything else is *not confirmed*. Nothing
-# is trained here: the cell reads the results.
+# is trained here: the cell reads the results, and shows claims 1, 2, 3 and 7; the others are in
+# `docs/findings.md`. `vision` is like `val`, with other pictures; *h* is how often a hint of the
+# training data is right. Claims 1 and 2 have five seeds, 3 has three, 7 has two.
 
 # %%
 results = json.loads((here / "results" / "paper_on_a_laptop.json").read_text())
 for number, claim in enumerate(results["claims"], 1):
+    if number not in (1, 2, 3, 7):
+        continue
     print(f"{number}. {claim['title']}")
     for what, verdict, numbers in claim["found"]:
         if verdict:
@@ -908,8 +952,8 @@ for number, claim in enumerate(results["claims"], 1):
 # The picture is the seventh claim: accuracy after training, for hints that are right from 50 % to
 # 95 % of the time, and for a policy that never learned to trust them (*no trust*).
 #
-# **Exercise 8.** Is the paper refuted? Find the claims that are *contradicted*, and two that are
-# *not confirmed*. What would it take to decide those two?
+# **Exercise 8.** Is the paper refuted? Find what is *contradicted*, and two lines that are *not
+# confirmed*. What would it take to decide those two?
 
 # %%
 # Your answer goes here.
@@ -917,13 +961,15 @@ for number, claim in enumerate(results["claims"], 1):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# No. On the toy PAPO_G is above GRPO, too large a gamma collapses, and entropies rescue it, as the
-# paper says. One thing is contradicted, and it is a cost: where the hint is right 19 times out of
-# 20, PAPO_G is worse on `general`. There the shortcut pays, and a policy that looks gives it up.
+# No. On the toy PAPO_G is above GRPO, and too large a gamma collapses, as the paper says; that
+# entropies rescue it is claim 4. One thing is contradicted, and it is a cost: where the hint is
+# right 19 times out of 20, PAPO_G is worse on `general`. There the shortcut pays, and a policy that
+# looks gives it up.
 #
 # Where there is no shortcut, PAPO changes nothing that can be seen: weak hints and *no trust* are
 # not confirmed. That is not a refutation. With two seeds an interval is often tens of points wide,
-# so a small effect would not show; more seeds would decide it. And a toy with 0.9 million
+# so a small effect would not show; more seeds would decide it, for this warm start, which all runs
+# share. And of two dozen verdicts at 95 % one may well be wrong by chance. A toy with 0.9 million
 # parameters says how the method works, not how much it helps a model with three billion.
 #
 # ```python

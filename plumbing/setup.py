@@ -83,13 +83,7 @@ def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
     log = open_log(cfg, processes.first)
-    if cfg.model not in TOYS and Path(cfg.model).is_dir():  # what is wrong with it shows at once
-        find_model(cfg.model)
-    examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
-    held_out = {
-        split: load(cfg.val_data, split, cfg.eval_questions, 0, cfg)
-        for split in validation_splits(cfg.val_data)
-    }
+    examples, held_out = open_data(cfg)
     folder = processes.one_by_one(lambda: model_folder(cfg.model, cfg))
     must_fit(folder, cfg, processes)
     processors = load_processors(folder, cfg)
@@ -144,6 +138,16 @@ def setup(cfg):
         Grader(),
         log,
     )
+
+
+def open_data(cfg):
+    """-> (rows to train on, {split: rows to validate on}), before a model is downloaded or learned
+    for them. Where it is a folder, what is wrong with that shows even earlier."""
+    if cfg.model not in TOYS and Path(cfg.model).is_dir():
+        find_model(cfg.model)
+    examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
+    splits = validation_splits(cfg.val_data)
+    return examples, {s: load(cfg.val_data, s, cfg.eval_questions, 0, cfg) for s in splits}
 
 
 def model_folder(name, cfg):

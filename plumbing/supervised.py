@@ -174,13 +174,14 @@ def setup(cfg):
     """SftConfig -> Parts. Collective: every process of the run calls it."""
     processes = Processes()
     log = open_log(cfg, processes.first)
+    rows, held_out = conversations(cfg.data, "train", cfg), None
+    if cfg.val_data:
+        held_out = conversations(cfg.val_data, validation_split(cfg.val_data), cfg)
     folder = processes.one_by_one(lambda: model_folder(cfg))
     processors = load_processors(folder, cfg)
-    stream = conversations(cfg.data, "train", processors, cfg, processes)
-    validation = None
+    stream, validation = stream_of(rows, processors, cfg, processes), None
     if cfg.val_data:
-        split = validation_split(cfg.val_data)
-        validation = conversations(cfg.val_data, split, processors, cfg, processes)
+        validation = stream_of(held_out, processors, cfg, processes)
         if processes.first:
             warn_of_shared_rows(stream.examples, validation.examples)
 
@@ -216,13 +217,15 @@ def model_folder(cfg):
     return keep((new_policy(tok, cfg.model), tok, processor(cfg.model)), folder)
 
 
-def conversations(name, split, processors, cfg, processes):
-    """A data set by name -> the Stream of those of its conversations that can be used. Ends with a
-    sentence if it cannot be read."""
+def conversations(name, split, cfg):
+    """A data set of conversations by name. Ends with a sentence if it cannot be read."""
     if name == "toy":
-        data = load(name, split, TOY_ROWS, cfg.seed, cfg)
-    else:
-        columns = (cfg.problem_column, cfg.response_column, cfg.images_column)
-        data = opened(name, partial(Conversations, name, split, columns))
+        return load(name, split, TOY_ROWS, cfg.seed, cfg)
+    columns = (cfg.problem_column, cfg.response_column, cfg.images_column)
+    return opened(name, partial(Conversations, name, split, columns))
+
+
+def stream_of(data, processors, cfg, processes):
+    """The Stream of those conversations that can be used. Collective."""
     data = usable(data, processors, cfg.cutoff, cfg, processes)
     return Stream(data, cfg.seed, *processors, encode_conversation)

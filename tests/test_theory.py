@@ -46,15 +46,15 @@ def test_1_the_mean_of_k3_is_the_kl_the_paper_names(pair):
     assert (value >= 0).all() and not clamped.any()
 
 
-def test_2_what_the_released_loss_really_pushes_on(pair):
+def test_2_the_released_loss_follows_the_gradient_of_the_other_kl(pair):
     """With the masked branch detached, E_pi[grad k3] = grad KL(pi_mask || pi): the other direction
     of the KL.
 
     Why: d k3 / d log pi = 1 - 1/r, and E_pi[(1 - pi_mask/pi) grad log pi]
     = 0 - sum_o pi_mask(o) grad log pi(o), which is the gradient of the cross-entropy from pi_mask
     to pi. So maximising it takes probability away from whatever the blind policy would have said.
-    That is unbounded, and a token of no meaning gets away from the blind policy as well as a true
-    one does."""
+    This KL has no upper bound, and a token of no meaning gets away from the blind policy as well as
+    a true one does. (Neither direction asks for what is true: the exact KL collapses as well.)"""
     logits, blind = pair
     log_mask = blind.log_softmax(-1).detach()
     log_pi = logits.log_softmax(-1)
@@ -69,7 +69,7 @@ def test_2_what_the_released_loss_really_pushes_on(pair):
     assert torch.allclose(released, log_pi.exp() - log_mask.exp(), atol=1e-14)
 
 
-def test_3_the_printed_form_is_another_quantity(pair):
+def test_3_the_mean_of_the_printed_form_is_chi_squared_minus_the_kl(pair):
     """E_pi[r - log r - 1] = chi^2(pi || pi_mask) - KL(pi || pi_mask): not the KL that the paper
     names.
 
