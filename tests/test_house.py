@@ -91,7 +91,7 @@ def test_help_and_readme_offer_what_the_registries_hold():
 def test_a_page_leads_to_every_equation_in_one_hop():
     """The rows "in the paper / in the code" quote a line, and the file has it exactly once."""
     page = (ROOT / "docs" / "equations.md").read_text()
-    table = page[page.index("| in the paper") : page.index("## Every piece")]
+    table = page[page.index("| in the paper") : page.index("## What the terms")]
     rows = re.findall(r"\| \[`([\w/.]+)`\]\(../([\w/.]+)\), `(\w+)` \| `(.+?)` \|", table)
     assert len(rows) == table.count("\n|") - 1 >= 10
     for name, target, function, line in rows:
