@@ -186,11 +186,11 @@ for split, examples in drawn.items():
 #
 # </details>
 #
-# While you think, the warm start goes on. This cell waits for it, but not longer than a minute and
-# a half; the next section waits for the rest.
+# While you think, the warm start goes on. This cell waits for it, but not for more than 110
+# seconds; the next section waits for the rest.
 
 # %%
-for _ in tqdm(range(90), "warm start", unit="s"):
+for _ in tqdm(range(110), "warm start", unit="s"):
     if warm_start.poll() is not None:
         break
     time.sleep(1)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import random
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -185,7 +186,8 @@ def cached(name, parts, learn):
     folder = cache / name
     if folder.is_dir():
         return folder
-    say(f"the toy's policy first learns to read pictures: a few minutes, once, kept in {cache}")
+    once = f"the toy's policy first learns to read pictures: a few minutes, once, kept in {cache}"
+    say(once, file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, os.cpu_count()))
     try:
