@@ -332,10 +332,10 @@ def samples(runs):
 def block(found):
     """[(step, HTML)] -> a piece of HTML each, the first one open."""
     return [
-        f"<details{'' if i else ' open'}><summary>{when(step)}</summary>{text}</details>"
+        f"<details{'' if i else ' open'}><summary>{stage(step)}</summary>{text}</details>"
         for i, (step, text) in enumerate(found)
     ]
 
 
-def when(step):
+def stage(step):
     return f"after step {step}" if step else "before training"
