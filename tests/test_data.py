@@ -492,6 +492,7 @@ def test_39_000_rows_are_checked_in_a_minute_and_memory_does_not_grow_with_them(
     assert seen[39_000][0] < 90 and seen[39_000][1] < seen[4_000][1] + 300, seen
 
 
+@pytest.mark.slow
 def test_from_filter_to_training_step_to_evaluation(tmp_path, folder):
     """The whole way on files in the released schema: a broken picture, an overlong prompt, a row of
     text, a row with two pictures."""

@@ -164,6 +164,7 @@ def test_the_command(answered):
     assert "temperature 1.0, top_p 1.0" in stdout and "pass@n" in stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_where_it_stopped(answered, tmp_path):
     """Cut the file in the middle of a question and of a line: the rest is sampled again, and ends
     up the same."""

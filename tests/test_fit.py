@@ -194,7 +194,7 @@ def deep():
     return narrow | {name: 1990 + i for i, name in enumerate(ids)}
 
 
-@pytest.mark.parametrize("exchange", [False, True])
+@pytest.mark.parametrize("exchange", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_few_layers_tell_what_many_take(exchange):
     few = simulate(deep(), config(), 2, 2048, exchange)
     many = simulate(deep(), config(), 2, 2048, exchange, depth=(7, 9))

@@ -360,7 +360,8 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path):
         assert abs(m["loss"] - terms) < 1e-6
 
 
-@pytest.mark.parametrize("credit", ["none", pytest.param("vppo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("credit", ["none", "vppo"])
 def test_micro_batches_are_memory_only(credit, tmp_path):
     flags = ["--steps", 1, "--credit", credit]
     train(tmp_path / "small", *flags)
@@ -637,6 +638,7 @@ def files_of(folder):
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
 
 
+@pytest.mark.slow
 def test_only_what_the_run_wrote_is_deleted_or_continued(tmp_path):
     """A user's copies and folders beside the run's own checkpoints."""
     out = tmp_path / "run"
