@@ -291,6 +291,7 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
         read(tmp_path / "latin.jsonl")
 
 
+@pytest.mark.slow
 def test_a_set_of_which_nothing_can_be_asked_is_a_sentence(folder, tmp_path):
     """Its pictures are whole in their headers, which is what the check looks at, and end there."""
     picture = io.BytesIO()
