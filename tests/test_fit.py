@@ -194,7 +194,8 @@ def deep():
     return narrow | {name: 1990 + i for i, name in enumerate(ids)}
 
 
-@pytest.mark.parametrize("exchange", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [False, True])
 def test_a_few_layers_tell_what_many_take(exchange):
     few = simulate(deep(), config(), 2, 2048, exchange)
     many = simulate(deep(), config(), 2, 2048, exchange, depth=(7, 9))

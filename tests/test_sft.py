@@ -431,6 +431,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert moved and not any("visual" in k for k in moved)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, monkeypatch):
     """Seven rows in updates of three, three and one: where a process has a row less, it looks at
     one of the other's again; a frozen tower has no gradients to exchange."""
