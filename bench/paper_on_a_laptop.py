@@ -75,7 +75,7 @@ class Runs:
         """Train where it is not done yet."""
         flags, seed = job
         out = self.path(flags, seed)
-        if not self.whole(out):
+        if not is_finished(out):
             script = ["-c", WITHOUT_REWARD] if "--reward nothing" in flags else ["train.py"]
             resume = ["--resume"] if (out / "config.json").exists() else []
             command = [sys.executable, *script, *flags.split(), "--seed", str(seed), *resume]
@@ -88,11 +88,8 @@ class Runs:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
-            if not self.whole(out):
+            if not is_finished(out):
                 sys.exit(f"error: {out.name} ended with {done.returncode}; see {log.name}")
-
-    def whole(self, out):
-        return is_finished(out)
 
     def load(self, file):
         """Take over the runs that a file holds."""

@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=style, allow_abbrev=False, **more)
 
     def error(self, message):
+        """What argparse calls instead of returning arguments; ends the program."""
         known = [flag for action in self._actions for flag in action.option_strings]
         meant = {}
         for word in re.findall(r"--[\w-]+", message):

@@ -28,6 +28,7 @@ from plumbing.common import Parser, fail
 from plumbing.compiled import check_compiler
 from plumbing.families import TOYS
 from plumbing.logs import LOGS, check_log
+from plumbing.policy import whole_model
 from plumbing.sources import MMK12, VIRL39K
 from reward import REWARDS
 
@@ -557,7 +558,9 @@ def check_knobs(cfg, cuda):
         looks_like_a_path = given.startswith((".", "/")) or given.endswith(FILE_ENDINGS)
         if looks_like_a_path and not Path(given).exists():
             fail(f"--{name} {given}: there is no such file or folder, seen from {Path.cwd()}")
-    if cfg.model.startswith((".", "/")) and not Path(cfg.model).is_dir():
+    if cfg.model not in TOYS and Path(cfg.model).is_dir():
+        whole_model(Path(cfg.model))
+    elif cfg.model.startswith((".", "/")):
         fail(f"--model {cfg.model}: there is no such folder, seen from {Path.cwd()}")
     if cfg.min_pixels > cfg.max_pixels:
         fail(

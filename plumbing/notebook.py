@@ -9,12 +9,11 @@ may hold Python code between fences (```python): the answer to an exercise. It i
 that it stands in, so that a wrong answer makes no notebook, but it is not kept as a cell.
 """
 
-import argparse
 import re
 from datetime import datetime
 from pathlib import Path
 
-from plumbing.common import fail, write_atomically
+from plumbing.common import Parser, fail, write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT, NOTEBOOK = PROJECT / "walkthrough.py", PROJECT / "walkthrough.ipynb"
@@ -97,7 +96,7 @@ def with_new_text(notebook, found):
 
 def main():
     """Run the walkthrough as a notebook, and write it with its outputs."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--text", action="store_true", help="run nothing: take over changed text")
     only_text, found = p.parse_args().text, cells(SCRIPT.read_text())
     try:

@@ -110,8 +110,9 @@ def outcome(run):
     """What came of a run, in sentences."""
     parts = []
     if has_losses(run):
-        before, after, *_ = [*losses(run), "nothing yet"]
-        parts.append(f"The validation loss was {before}, and is {after}.")
+        before, *after = losses(run)
+        now = f", and is {after[0]}" if after else " before training"
+        parts.append(f"The validation loss was {before}{now}.")
     elif run.evaluation.get("after"):
         moves = {"rose": [], "fell": [], "did not clearly change": []}
         for split in splits_of(run):

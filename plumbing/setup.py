@@ -142,9 +142,7 @@ def setup(cfg):
 
 def open_data(cfg):
     """-> (rows to train on, {split: rows to validate on}), before a model is downloaded or learned
-    for them. Where it is a folder, what is wrong with that shows even earlier."""
-    if cfg.model not in TOYS and Path(cfg.model).is_dir():
-        find_model(cfg.model)
+    for them"""
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg)
     splits = validation_splits(cfg.val_data)
     return examples, {s: load(cfg.val_data, s, cfg.eval_questions, 0, cfg) for s in splits}

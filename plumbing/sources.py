@@ -72,7 +72,8 @@ class Rows:
                 f"{name} has no column {', '.join(sorted(missing))}; it has "
                 f"{', '.join(rows.column_names)} ({self.column_flags} say which is which)"
             )
-        self.instruction, self.unknown = instruction, {}  # words that a tokenizer does not know
+        self.instruction = instruction
+        self.words = {}  # {word of a problem or an answer: does the tokenizer know it?}
         self.pictures = {"images": columns[2]}  # {field of an Example: column}
         for name, known in SECOND.items():
             if found := [column for column in known if column in rows.column_names]:
@@ -145,18 +146,16 @@ class Rows:
         needs one of each of these.
         """
         found, indices = {}, range(len(self.rows))[part]
-        known_words = tok.unk_token_id is None  # as of a tokenizer that reads bytes
         batches = [indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)]
         for batch in track(batches, f"checking {self.name}", f"x {AT_ONCE} rows"):
-            columns, texts, known = self.rows[list(batch)], [], []
+            columns, texts, known, words = self.rows[list(batch)], [], [], {}
             for k, index in enumerate(batch):
                 try:
                     row = {c: values[k] for c, values in columns.items()}
                     example = self.example(index, row)
                     text = self.written(example, tok)
-                    if not known_words:
-                        said = f"{example.problem.removesuffix(self.instruction)} {example.answer}"
-                        self.unknown.update(unknown_words(said, tok))
+                    said = f"{example.problem.removesuffix(self.instruction)} {example.answer}"
+                    words |= dict.fromkeys(said.replace(IMAGE, " ").split())
                     sizes = [tokens_from_header(p, image_processor) for p in example.images]
                     for picture in seconds(example, second):
                         tokens_from_header(picture, image_processor)
@@ -164,6 +163,7 @@ class Rows:
                     texts.append(text)
                 except ValueError as error:
                     found[index] = re.sub(r"^example .*?: ", "", str(error))
+            self.words |= which_are_known([w for w in words if w not in self.words], tok)
             ids = tok(texts, add_special_tokens=False)["input_ids"] if texts else []
             for index, k, more in known:
                 n = len(ids[k]) + more
@@ -263,11 +263,12 @@ def shared_rows(train, held_out):
     return found
 
 
-def unknown_words(text, tok):
-    """The words of a text that a tokenizer has no token for, as the keys of a dict."""
-    found = text.replace(IMAGE, " ").split()
-    ids = tok(found, add_special_tokens=False)["input_ids"] if found else []
-    return dict.fromkeys(word for word, tokens in zip(found, ids) if tok.unk_token_id in tokens)
+def which_are_known(words, tok):
+    """{word: has a tokenizer tokens for it?}; {} for a tokenizer that has some for everything."""
+    if tok.unk_token_id is None or not words:
+        return {}
+    ids = tok(words, add_special_tokens=False)["input_ids"]
+    return {word: tok.unk_token_id not in tokens for word, tokens in zip(words, ids)}
 
 
 def undecoded(rows, columns):
@@ -319,10 +320,10 @@ def usable(data, processors, longest, cfg, processes, second=()):
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults, cfg.strict)
-    if data.unknown:
+    if unknown := [word for word, is_known in data.words.items() if not is_known]:
         say(
-            f"warning: the model's tokenizer does not know {len(data.unknown)} words of {data.name}"
-            f", such as {', '.join([*data.unknown][:5])}: it reads each of them as the same "
+            f"warning: the model's tokenizer does not know {len(unknown)} words of {data.name}, "
+            f"such as {', '.join(unknown[:5])}: it reads each of them as the same "
             f"{processors[0].unk_token}, and cannot write them"
         )
     return Selection(data, faults)
