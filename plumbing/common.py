@@ -7,9 +7,12 @@ import difflib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import uuid
 
 import torch
 
@@ -79,13 +82,32 @@ def write_atomically(path, text):
 
 def may_write(folder):
     """Make a folder, or end with a sentence if nothing can be written there."""
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fail(f"{folder} cannot be written ({error.strerror or error}); give another --out")
+
+
+def make_once(folder, fill):
+    """Make a folder that others find whole or not at all: fill(a path beside it), then rename.
+    -> folder
+
+    Several processes, also of several machines that share a disk, may do so at the same time: the
+    first one's folder stays, and the others' hold the same.
+    """
+    making = folder.with_name(f".making-{folder.name}-{uuid.uuid4().hex}")
+    if folder.is_dir():
+        return folder
+    try:
+        fill(making)
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)  # there is none once it has its name
+    return folder
 
 
 def pyplot():

@@ -2,12 +2,11 @@
 
 import collections
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
 
-from plumbing.common import fail, first_line, write_atomically
+from plumbing.common import fail, first_line, make_once, write_atomically
 from plumbing.console import fetching, say, track
 from plumbing.data import IMAGE, Example, prompt_text, seconds
 from plumbing.pictures import original_bytes, tokens_from_header
@@ -242,12 +241,7 @@ def unzipped(file):
     from huggingface_hub import hf_hub_download
 
     archive = Path(hf_hub_download(EVAL_HUB, file, repo_type="dataset"))
-    folder = archive.parent / archive.stem
-    if not folder.exists():
-        making = folder.with_name(f".making-{folder.name}-{os.getpid()}")
-        zipfile.ZipFile(archive).extractall(making)
-        making.rename(folder)
-    return folder
+    return make_once(archive.parent / archive.stem, zipfile.ZipFile(archive).extractall)
 
 
 def shared_rows(train, held_out):

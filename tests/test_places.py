@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, SMALL, command
 
+from plumbing.common import make_once, may_write
 from plumbing.processes import Processes
 
 
@@ -21,6 +23,37 @@ def call(script, *flags, **kwargs):
     done = command(script, *flags, **kwargs)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_a_folder_that_another_machine_made_meanwhile_stays(tmp_path):
+    """Two that unpack the same set, or learn the same warm start, on one disk: the second rename
+    meets a folder that is not empty."""
+    folder = tmp_path / "set"
+
+    def fill(making, text, meanwhile=None):
+        making.mkdir()
+        if meanwhile:
+            make_once(folder, meanwhile)
+        (making / "picture").write_text(text)
+
+    def no_room(making):
+        making.mkdir()
+        raise OSError("no room")
+
+    first = make_once(folder, lambda making: fill(making, "b", lambda other: fill(other, "a")))
+    assert first == folder and (folder / "picture").read_text() == "a"
+    assert make_once(folder, lambda making: fill(making, "c")) == folder
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("picture", "a")]
+    with pytest.raises(OSError, match="no room"):
+        make_once(tmp_path / "other", no_room)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_many_may_look_whether_they_can_write_at_the_same_time(tmp_path):
+    """Processes of several machines may even have the same number."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: may_write(tmp_path / "new" / "run"), range(400)))
+    assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -297,17 +297,22 @@ def test_a_process_without_a_picture_does_not_leave_the_other_waiting(folder, tm
 
 @pytest.mark.slow
 def test_two_nodes_are_one(tmp_path):
-    """Two launchers that find each other, as on two machines with a shared folder."""
+    """Two launchers that find each other, as on two machines with a shared folder; the lines that
+    docs/gpus.md gives."""
     one = train_on(1, tmp_path / "one", "--steps", 1)
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    launch += ["--nproc_per_node", "1", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", f"localhost:{port}"]
-    launch += ["train.py", "--out", str(tmp_path / "two"), *SMALL, "--steps", "1"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    nodes = [subprocess.Popen(launch, cwd=ROOT, text=True, **pipes) for _ in range(2)]
-    assert [n.wait(timeout=300) for n in nodes] == [0, 0], nodes[0].stderr.read()[-2000:]
+    launch += ["--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", str(port)]
+    program = ["train.py", "--out", str(tmp_path / "two"), *SMALL, "--steps", "1"]
+    logs, nodes = [tmp_path / "first.log", tmp_path / "second.log"], []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            streams = dict(stdout=file, stderr=subprocess.STDOUT)
+            flags = [*launch, "--node_rank", str(rank), *program]
+            nodes.append(subprocess.Popen(flags, cwd=ROOT, **streams))
+    ended = [node.wait(timeout=300) for node in nodes]
+    assert ended == [0, 0], "\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs)
     two = metrics(tmp_path / "two")
     for name in SAME:
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name

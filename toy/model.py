@@ -4,11 +4,9 @@ It is transformers' own class with a small config and a word-level tokenizer, sa
 format: nothing that loads it can tell that it is a toy.
 """
 
-import os
-import shutil
-
 import torch
 
+from plumbing.common import make_once
 from plumbing.families import TOYS, VISUAL_TOKENS, image_processor_class
 from toy.task import CELL, COLOURS, GRID, NAMES, SHAPES
 
@@ -102,15 +100,12 @@ def keep(parts, folder):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # console.py tells what is under way
-    making = folder.with_name(f"making-{folder.name}-{os.getpid()}")
-    if not folder.is_dir():
+
+    def fill(making):
         for part in parts:
             part.save_pretrained(making)
-        try:
-            making.rename(folder)
-        except OSError:  # another process was faster; its folder holds the same
-            shutil.rmtree(making)
-    return folder
+
+    return make_once(folder, fill)
 
 
 def processor(name="toy"):
