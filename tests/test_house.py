@@ -103,7 +103,8 @@ def test_a_page_leads_to_every_equation_in_one_hop():
 
 
 def test_the_readme_fits_a_reader():
-    """150 lines of 100 columns, but for tables; and its steps lead to the lines that it quotes."""
+    """150 lines of 100 columns, but for tables; its steps lead to the lines that it quotes, and its
+    list of what to read says how long each file is."""
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150 and all(len(x) <= 100 for x in lines if x[:1] != "|")
     links = [re.search(r"\[`(.+)`\]\((\w+\.py)#L(\d+)\)", line) for line in lines]
@@ -113,6 +114,8 @@ def test_the_readme_fits_a_reader():
         source = (ROOT / name).read_text().splitlines()
         places = [n for n, line in enumerate(source, 1) if quoted in line]
         assert places == [int(number)], (quoted, name)
+    said = dict(re.findall(r"\[`(\w+\.py)`\]\(\1\) (\d+)", " ".join(lines)))
+    assert said == {path.name: str(len(path.read_text().splitlines())) for path in TOP}
 
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
