@@ -2,7 +2,7 @@
 are scored.
 
 A group is what an advantage is formed in (papo.group_advantages) and what shares a packed row. Its
-responses are sampled on the prompt's picture, or half of them on a second one: a noised picture, or
+responses are sampled on the prompt's picture, or some of them on a second one: a noised picture, or
 another one of the same class (--rollout_picture). The second picture is made again from its name
 where it is needed, so that only responses are exchanged between processes.
 """
@@ -48,11 +48,11 @@ def sample_groups(prompts, parts, step):
     """G responses to each prompt of a step, {position: Prompt} -> [Rollout, or None where the
     prompt was refused]
 
-    Unless --rollout_picture is clean, the second half of each group is sampled on a second picture
+    Unless --rollout_picture is clean, the last n2 of each group are sampled on a second picture
     (masking.py, @source), one draw a prompt, and all G rewards form one pool for the advantages.
     With --update_on anchor all that follows, pi_old in the ratio of Eq. (1) included, is on the
     prompt's own picture, without a correction, as NoisyRollout's Eq. (2) and TAPO's objective say.
-    Only the sampler's own log-probs of that half are those of the second picture. So sampler_gap
+    Only the sampler's own log-probs of those n2 are those of the second picture. So sampler_gap
     then measures how the pictures differ as well, and --importance_cap would correct for it, which
     neither paper does. With --update_on own see `on_own_pictures`.
     """
@@ -62,8 +62,12 @@ def sample_groups(prompts, parts, step):
         return parts.sampler.generate(given, cfg.group_size, names)
     other = [(cfg.seed, "sample second", step, position) for position in prompts]
     second = [second_picture(p, position, parts, step) for position, p in prompts.items()]
-    halves = parts.sampler.generate(given + second, cfg.group_size // 2, names + other)
-    first, last = halves[: len(given)], halves[len(given) :]
+    n1, n2 = cfg.group_size - cfg.second_size, cfg.second_size
+    if n1 == n2:  # one call keeps an engine busier than two
+        both = parts.sampler.generate(given + second, n1, names + other)
+    else:
+        both = parts.sampler.generate(given, n1, names) + parts.sampler.generate(second, n2, other)
+    first, last = both[: len(given)], both[len(given) :]
     return [together(a, b) if a and b else None for a, b in zip(first, last)]
 
 
@@ -74,20 +78,20 @@ def second_picture(prompt, position, parts, step):
     return SOURCES[parts.cfg.rollout_picture](prompt, parts.cfg, parts.processors[1], draw)
 
 
-def on_own_pictures(groups):
+def on_own_pictures(groups, n2):
     """Groups whose advantages are known, each as two: what was rolled out on the prompt's picture,
-    and what was on the second one, to be scored there too.
+    and the last n2 responses, which were on the second one, to be scored there too.
 
     The code released with TAPO updates on the picture that a response was rolled out on
     (ray_trainer.py:586-632); its paper conditions every response on the first one.
     """
     found = []
     for group in groups:
-        n = len(group.scores) // 2
-        for half, second in ((slice(n), False), (slice(n, None), True)):
-            rollout = Rollout(*(getattr(group.rollout, f.name)[half] for f in fields(Rollout)))
-            lists = dict(scores=group.scores[half], counted=group.counted[half])
-            lists |= dict(rollout=rollout, advantages=group.advantages[half])
+        n1 = len(group.scores) - n2
+        for part, second in ((slice(n1), False), (slice(n1, None), True)):
+            rollout = Rollout(*(getattr(group.rollout, f.name)[part] for f in fields(Rollout)))
+            lists = dict(scores=group.scores[part], counted=group.counted[part])
+            lists |= dict(rollout=rollout, advantages=group.advantages[part])
             found.append(replace(group, second=second, **lists))
     return found
 

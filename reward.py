@@ -27,6 +27,7 @@ class Form(NamedTuple):
     instruction: str  # stands behind every problem of a data set
     answer: object  # f(response) -> the answer as it stands there, or None
     well_formed: object  # f(response) -> bool
+    named: bool = False  # has the answer to be the truth's own words, or only its value?
 
 
 class Graded(NamedTuple):
@@ -46,7 +47,8 @@ def score(responses, truths, grader, kind="official"):
     """
     form = FORMS[kind]
     answers = [form.answer(response) for response in responses]
-    right = grader.grade_all(list(zip(answers, truths)))
+    pairs = list(zip(answers, truths))
+    right = [same_name(*pair) for pair in pairs] if form.named else grader.grade_all(pairs)
     scores = []
     for response, truth, accurate in zip(responses, truths, right):
         graded = Graded(response, truth, float(accurate), float(form.well_formed(response)))
@@ -117,6 +119,13 @@ def well_tagged(response):
     )
 
 
+def same_name(answer, truth):
+    """Are these the same words? Upper case, white space, _ for a space and a full stop at the end
+    make no difference. A name is not calculated with: 747-100 is not 647. answer: a text or None"""
+    said, name = (" ".join((x or "").replace("_", " ").split()).casefold() for x in (answer, truth))
+    return said.rstrip(". ") == name.rstrip(". ")
+
+
 # ---------------------------------------------------------------------------- forms and rules
 
 # The released template (examples/format_prompt/math_perception.jinja), its meaning in our words.
@@ -132,6 +141,7 @@ TAGGED = Form(
     "</think>, then give the final answer between <answer> and </answer>.",
     tagged,
     well_tagged,
+    named=True,
 )
 
 
@@ -159,6 +169,6 @@ def paper(graded):
 
 @rule("tagged", TAGGED)
 def class_name(graded):
-    """Fine-R1's reward for a class in tags, but that the whole answer has to be the class: the
+    """Fine-R1's reward for a class in tags, but that the whole answer has to be its name: the
     released rule looks for it anywhere in the answer, so a list of all classes is always right."""
     return official(graded)

@@ -132,7 +132,7 @@ def micro_batches(groups, prompts, parts, step):
     """This process's share of one update's groups -> [MicroBatch]"""
     cfg, device, batches = parts.cfg, parts.processes.device, []
     if cfg.rollout_picture != "clean" and cfg.update_on == "own":
-        groups = on_own_pictures(groups)
+        groups = on_own_pictures(groups, cfg.second_size)
     lengths = [g.packed_tokens for g in groups]
     shares = my_batches(lengths, parts.processes, cfg.tokens_per_forward)
     for indices in track(shares, "", "passes"):

@@ -214,9 +214,12 @@ class Config:
     credit_boost: float = knob(2.0, "beta of --credit pgpo: how strongly", low=0)
     rollout_picture: str = knob(
         "clean",
-        "what is rolled out on: the picture, or by half of each group a second one: noised, or "
+        "what is rolled out on: the picture, or by a part of each group a second one: noised, or "
         "(positive) another of the same class",
         lambda: ["clean", *SOURCES],
+    )
+    second_rollouts: int = knob(
+        0, "n2, how many of a group are rolled out on the second picture; 0: half of them", low=0
     )
     update_on: str = knob(
         "anchor",
@@ -395,6 +398,11 @@ class Config:
             schedule = self.noise_anneal_steps, self.noise_slope, self.noise_middle
             now["noise_steps"] = annealed(self.noise_steps, step + 1, *schedule)
         return dataclasses.replace(self, **now) if now else self
+
+    @property
+    def second_size(self):
+        """n2, of a group's responses those that are rolled out on the second picture."""
+        return self.second_rollouts or self.group_size // 2
 
     @property
     def second_pictures(self):
@@ -581,10 +589,10 @@ def check(cfg, world_size, cuda):
             f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
             "can be formed"
         )
-    if cfg.rollout_picture != "clean" and cfg.group_size % 2:
+    if cfg.second_rollouts >= cfg.group_size:
         fail(
-            f"--group_size {cfg.group_size} is odd: --rollout_picture {cfg.rollout_picture} "
-            "samples half of each group on a second picture; give an even number"
+            f"--second_rollouts {cfg.second_rollouts}: of --group_size {cfg.group_size} responses "
+            "at least one is rolled out on the prompt's own picture"
         )
     if cfg.data == "toy" and "positive" in cfg.second_pictures:
         fail(

@@ -178,7 +178,7 @@ BAD = [
     (dict(group_size=1), "at least 2"),
     (dict(prompts_per_round=0), "greater than 0"),
     (dict(min_pixels=2000, max_pixels=1000), "no picture has a size between"),
-    (dict(rollout_picture="noisy"), "--group_size 5 is odd"),
+    (dict(rollout_picture="noisy", second_rollouts=5), "at least one is rolled out on"),
     (dict(credit="vppo", mask_ratio=0.0), "--mask_ratio 0 masks nothing"),
     (dict(credit="pgpo", mask="noise", noise_std=0.0), "--noise_std 0 masks nothing"),
 ]

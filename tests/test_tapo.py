@@ -22,7 +22,7 @@ from plumbing.families import to_picture
 from plumbing.grader import Grader
 from plumbing.setup import usable
 from plumbing.sources import Rows, load
-from reward import score, tagged, well_tagged
+from reward import compute_score, score, tagged, well_tagged
 from toy.task import ToyData
 
 
@@ -82,7 +82,7 @@ def test_both_halves_form_one_pool_of_rewards(tapo):
     group.advantages = papo.group_advantages(group.rewards)
     # Two zeros and two ones: the mean is 1/2, the standard deviation 1/sqrt(3).
     assert group.advantages.tolist() == pytest.approx([-(0.75**0.5)] * 2 + [0.75**0.5] * 2, 1e-5)
-    first, second = on_own_pictures([group])
+    first, second = on_own_pictures([group], 2)
     assert (first.second, second.second) == (False, True)
     assert second.advantages.tolist() == group.advantages[2:].tolist()
     assert second.rollout.texts == group.rollout.texts[2:] and second.lengths == group.lengths[2:]
@@ -206,6 +206,10 @@ WREN = "<think> small , brown </think> <answer> Wren </answer>"
         (WREN.replace("Wren", "finch, wren, lark"), 0, 1),
         (WREN.replace("Wren", "finch wren"), 0, 1),
         (WREN.replace("Wren", "not a wren"), 0, 1),
+        (WREN.replace("Wren", "finch = wren"), 0, 1),
+        (WREN.replace("Wren", "answer: wren"), 0, 1),
+        (WREN.replace("Wren", "[wren]"), 0, 1),
+        (WREN.replace(" Wren ", "\n WREN. "), 1, 1),
         ("<answer>wren</answer>", 1, 0),
         (WREN + " or a finch", 1, 0),
         (WREN + " <answer> finch </answer>", 0, 0),
@@ -223,3 +227,21 @@ def test_a_class_has_to_be_the_whole_answer(response, accuracy, form):
     assert well_tagged(response) == form and (tagged(response) is None) == (
         "</answer" not in response
     )
+
+
+@pytest.mark.parametrize(
+    "answer, truth, same",
+    [
+        ("Boeing 747-100", "747-100", False),
+        ("647", "747-100", False),  # as a sum they are equal
+        ("CD-3", "DC-3", False),
+        ("dc-3", "DC-3", True),
+        ("B, A", "A, B", False),
+        ("bird of paradise", "Bird_of_paradise", True),
+        ("St.  Bernard", "St. Bernard", True),
+        ("2.0", "2", False),
+    ],
+)
+def test_a_name_is_not_calculated_with(answer, truth, same):
+    response = f"<think> it is seen </think> <answer> {answer} </answer>"
+    assert compute_score(response, truth, kind="tagged")["accuracy"] == same
