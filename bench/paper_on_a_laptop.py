@@ -184,7 +184,7 @@ class Claim:
     seeds: list
     judge: object
     splits: tuple = ("vision", "general")
-    watched: bool = False  # is what happens on the way drawn too?
+    watched: tuple = ()  # the signals of which the way is drawn too
 
     def jobs(self):
         """The runs that it needs."""
@@ -297,7 +297,7 @@ def claims(quick):
         {"grpo": grpo, "papo_g": papo_g},
         three if quick else SEEDS,
         better("grpo", "papo_g", 15),
-        watched=True,
+        watched=(*SIGNALS,)[:3],
     )
     if quick:
         return [first]
@@ -328,7 +328,7 @@ def claims(quick):
             },
             three,
             collapses,
-            watched=True,
+            watched=(*SIGNALS,),
         ),
         Claim(
             "Double entropy rescues a gamma that collapses",
@@ -377,11 +377,20 @@ def claims(quick):
             {"no reward": f"{collapse} --reward nothing --eval_every 5"},
             three,
             rise_and_fall,
-            watched=True,
+            watched=(*SIGNALS,),
         ),
     ]
 
 
+# What is drawn of the way, and what stands above it.
+SIGNALS = {
+    "val_accuracy": "accuracy on val",
+    "val_followed": "wrong hints followed, on val",
+    "perception_kl": "KL_prcp, nats a token",
+    "entropy": "entropy, nats a token",
+    "masked_entropy": "entropy on the masked picture",
+    "reward": "reward",
+}
 STRENGTHS = [0.5, 0.65, 0.95]  # the toy's own, 0.8, is the first claim
 RATIOS = [0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -414,20 +423,26 @@ def figure(number, claim, runs, folder):
 
 
 def curves(number, claim, runs, folder):
-    """What happens on the way: some signals of every run, step by step -> file name"""
-    plt = pyplot()
-    names = ["reward", "val_accuracy", "val_followed", "perception_kl", "entropy", "masked_entropy"]
-    picture, axes = plt.subplots(1, len(names), figsize=(16, 2.6), constrained_layout=True)
-    for axis, name in zip(axes, names):
+    """What happens on the way, step by step: of each arm the mean over seeds, and shaded from the
+    lowest seed to the highest -> file name"""
+    plt, n = pyplot(), len(claim.watched)
+    size = (16, 2.6) if n > 3 else (11, 3.2)
+    picture, axes = plt.subplots(1, n, figsize=size, constrained_layout=True)
+    for axis, name in zip(axes, claim.watched):
         for c, (label, flags) in enumerate(claim.arms.items()):
+            points = {}  # {step: a value a seed}
             for seed in claim.seeds:
                 series = runs.done[flags, seed]["series"]
-                pairs = zip(series["step"], series.get(name, []))
-                points = [(x, y) for x, y in pairs if y is not None]
-                if points:
-                    title = label if seed == claim.seeds[0] else None
-                    axis.plot(*zip(*points), color=f"C{c}", alpha=0.7, label=title)
-        axis.set_title(name, fontsize=9)
+                for step, value in zip(series["step"], series.get(name, [])):
+                    if value is not None:
+                        points.setdefault(step, []).append(value)
+            if points:
+                values = points.values()
+                axis.plot(list(points), list(map(statistics.mean, values)), f"C{c}", label=label)
+                edges = list(map(min, values)), list(map(max, values))
+                axis.fill_between(list(points), *edges, color=f"C{c}", alpha=0.2, linewidth=0)
+        axis.set_title(SIGNALS[name], fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     file = f"{NAME}-{number}-curves.png"

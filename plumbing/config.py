@@ -170,7 +170,10 @@ class Config:
         ["token", "sequence"],
     )
     reward: str = knob(
-        "official", "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1", REWARDS
+        "official",
+        "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1; tagged: as official, for "
+        "the name of a class in <answer>",
+        REWARDS,
     )
 
     mask: str = knob(

@@ -14,7 +14,6 @@ import torch
 from plumbing.data import Prompt, chat_text, check_texts, expand, look
 from plumbing.schemas import dialogue_of, problem_of, text_of
 from plumbing.sources import Rows
-from reward import BOXED
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Conversations(Rows):
         if self.chat:
             turns = dialogue_of(row[self.chat] or [], row.get("system"))
         else:
-            problem = problem_of(row[self.columns[0]]) + BOXED.instruction
+            problem = problem_of(row[self.columns[0]]) + self.instruction
             response = text_of(row[self.columns[1]], "response")
             turns = dialogue_of([{"content": problem}, {"content": response}])
         before, (_, answer) = turns[:-1], turns[-1]

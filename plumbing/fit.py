@@ -129,14 +129,15 @@ def main():
     if sys.argv[1:] == ["--question"]:
         print(json.dumps(answer(json.load(sys.stdin))))
         return
-    if sys.argv[1:] == ["--rows"]:
-        for line in ROWS:
-            print(row(*line), flush=True)
-        return
     p = parser(Config, __doc__.split("\n")[0])
     p.add_argument("--gpus", type=int, default=1, help="processes, one on each GPU")
     p.add_argument("--memory", type=float, default=80, help="of one GPU, in GB of 10^9 bytes")
+    p.add_argument("--rows", action="store_true", help="print the table of docs/gpus.md instead")
     flags = vars(p.parse_args())
+    if flags.pop("rows"):
+        for line in ROWS:
+            print(row(*line), flush=True)
+        return
     world, memory = flags.pop("gpus"), 1e9 * flags.pop("memory")
     flags.setdefault("sampler", "vllm")
     cfg = resolve(flags, cuda=True)[0]

@@ -27,6 +27,7 @@ from plumbing.policy import (
 )
 from plumbing.processes import Processes
 from plumbing.sources import load, opened, usable, validation_split, warn_of_shared_rows
+from reward import FORMS
 from toy.model import keep, new_policy, processor, tokenizer
 
 SFT = """Supervised fine-tuning on conversations with pictures.
@@ -88,6 +89,10 @@ class SftConfig:
     problem_column: str = borrow("problem_column")
     response_column: str = knob("response", "column of --data with the response to learn")
     images_column: str = borrow("images_column")
+    reward: str = borrow(
+        "reward",
+        help="a problem with a response is asked in the form of this reward of train.py",
+    )
     strict: bool = borrow("strict")
     out: str = borrow("out", help="output folder; default: out/<model>-sft")
     seed: int = borrow("seed")
@@ -222,7 +227,8 @@ def conversations(name, split, cfg):
     if name == "toy":
         return load(name, split, TOY_ROWS, cfg.seed, cfg)
     columns = (cfg.problem_column, cfg.response_column, cfg.images_column)
-    return opened(name, partial(Conversations, name, split, columns))
+    asked = FORMS[cfg.reward].instruction
+    return opened(name, partial(Conversations, name, split, columns, instruction=asked))
 
 
 def stream_of(data, processors, cfg, processes):

@@ -65,7 +65,7 @@ def test_verdicts_figures_and_the_page_from_runs(tmp_path):
     laptop.page(claims, runs, tmp_path)
     text = (tmp_path / "paper_on_a_laptop.md").read_text()
     assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
-    assert "| signals leave at step, seed 1 |  | perception_kl 14, reward 16 |" in text
+    assert "| gamma 2: signals leave at step, seed 1 |  | perception_kl 14, reward 16 |" in text
     assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 11
     assert len(list(tmp_path.glob("*.png"))) == 11
 
@@ -97,10 +97,14 @@ def warnings(run):
 
 def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs(kept):
     """Figure 11 of the paper: without annealing, the toy's gamma collapses. By one measure for all
-    signals KL_prcp leaves first, as there; and the warning comes before the reward has halved."""
+    signals KL_prcp leaves first, as there, the entropies three to six steps later, and the reward 0
+    to 2 after these; and the warning comes before the reward has halved."""
     for seed in laptop.SEEDS[:3]:
         run = kept.done[f"--algo papo_g {laptop.TOO_LARGE}", seed]
         left = report.left_at(laptop.lines_of(run), factor=2)
+        entropies = {left["entropy"], left["masked_entropy"]}
+        assert {n - left["perception_kl"] for n in entropies} <= {3, 4, 5, 6}
+        assert {left["reward"] - n for n in entropies} <= {0, 1, 2}
         assert all(left["perception_kl"] < left[name] for name in left if name != "perception_kl")
         assert min(warnings(run)) <= left["reward"]
     for algo in ("grpo", "papo_g"):

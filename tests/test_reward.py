@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from grading_table import BOXES, TABLE
 from mathruler.grader import extract_boxed_content, grade_answer
 
@@ -133,6 +134,8 @@ def test_it_is_right_wherever_the_released_grader_is(grader):
     )
     assert not [case for case, they, we in zip(TABLE, theirs, ours) if they and not we]
     assert sum(ours) > sum(theirs) + 50
+    page = " ".join((ROOT / "docs" / "grader.md").read_text().split())
+    assert f"holds {len(TABLE)} pairs" in page and f"right on {sum(theirs)} of them" in page
 
 
 def test_a_batch_is_graded_as_one_by_one(grader):

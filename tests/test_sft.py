@@ -26,7 +26,9 @@ from plumbing.optimiser import Optimiser, cosine
 from plumbing.policy import Policy
 from plumbing.processes import Processes
 from plumbing.setup import setup as setup_training
-from plumbing.supervised import RECIPES, SftConfig, resolve, setup
+from plumbing.sources import load
+from plumbing.supervised import RECIPES, SftConfig, conversations, resolve, setup
+from reward import FORMS
 from toy import lessons
 from toy.model import new_policy, processor, tokenizer
 from toy.task import ToyData
@@ -256,6 +258,16 @@ def test_a_row_of_another_kind_is_named(row, why, tmp_path):
     data = Conversations(str(lines(tmp_path / "rows.jsonl", [row])), "train", columns)
     (found,) = data.faults(*processors, 200).values()
     assert why in found
+
+
+@pytest.mark.parametrize("reward", FORMS)
+def test_a_problem_is_asked_as_train_asks_it(reward, tmp_path):
+    row = {"problem": QUESTION, "response": "<think> x </think>", "answer": "3", "images": []}
+    path = str(lines(tmp_path / "rows.jsonl", [row]))
+    flags = {"model": "toy", "data": path, "reward": reward}
+    (learned,) = conversations(path, "train", resolve(flags, False))
+    (asked,) = load(path, "train", 1, 0, resolve_training(flags, False)[0])
+    assert learned.turns[0] == ("user", asked.problem) and asked.problem != QUESTION
 
 
 CHATML = (

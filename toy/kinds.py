@@ -24,7 +24,6 @@ the first; here options are shuffled.
 import io
 import random
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 import sft
-from plumbing.common import may_write
+from plumbing.common import Parser, may_write
 from plumbing.console import Bar
 from plumbing.conversations import by_prompt, encode_conversation, pieces
 from plumbing.data import IMAGE, Example
@@ -218,4 +217,6 @@ def write(out, steps=STEPS):
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "out/kinds"))
+    p = Parser(__doc__)
+    p.add_argument("out", nargs="?", default="out/kinds", type=Path, help="the folder to write to")
+    write(p.parse_args().out)

@@ -19,10 +19,10 @@ which pictures may be trained on, so train and test pictures never coincide.
 
 import hashlib
 import random
-import sys
 
 from PIL import Image, ImageDraw
 
+from plumbing.common import Parser
 from plumbing.data import Example
 
 GRID, CELL = 2, 28  # cells a side; pixels a cell, which is one merged vision token
@@ -211,6 +211,8 @@ class ToyData:
 
 
 if __name__ == "__main__":
-    for i in range(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
+    p = Parser(__doc__)
+    p.add_argument("n", nargs="?", default=4, type=int, help="so many questions are printed")
+    for i in range(p.parse_args().n):
         example, response, _ = make(0, "train", i)
         print(f"{example.problem}\n    {response}")
