@@ -631,8 +631,8 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # Maximising it moves away from what the blind policy says, token by token. It never asks whether a
 # token is true: a token without meaning gets away from the blind policy as well as a true one does.
 # That is how a large gamma destroys a policy (section 7). The exact KL, in the direction that is
-# named, does so too (*exact: none* in `results/paper_on_a_laptop.md`): neither direction asks for
-# what is true.
+# named, does so too (*gamma 1, exact KL* in `results/paper_on_a_laptop.md`): neither direction asks
+# for what is true.
 #
 # (b) The slope of the printed form is $r - 1$, which gives $\pi(v)\,(r(v) - E_\pi[r])$. It grows
 # with r without bound, so one token that the image made very likely can rule the update.

@@ -388,7 +388,7 @@ SIGNALS = {
     "val_followed": "wrong hints followed, on val",
     "perception_kl": "KL_prcp, nats a token",
     "entropy": "entropy, nats a token",
-    "masked_entropy": "entropy on the masked picture",
+    "masked_entropy": "masked entropy, nats a token",
     "reward": "reward",
 }
 STRENGTHS = [0.5, 0.65, 0.95]  # the toy's own, 0.8, is the first claim
@@ -443,6 +443,8 @@ def curves(number, claim, runs, folder):
                 axis.fill_between(list(points), *edges, color=f"C{c}", alpha=0.2, linewidth=0)
         axis.set_title(SIGNALS[name], fontsize=10)
         axis.set_xlabel("step")
+        if SIGNALS[name].endswith("nats a token"):
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     file = f"{NAME}-{number}-curves.png"

@@ -59,7 +59,7 @@ def with_answers(found):
 
 
 def tidy(notebook):
-    """Only what a reader looks at: no answers' cells, progress bars or times."""
+    """Only what a reader looks at: no answers' cells, progress bars or times of each cell."""
     notebook["cells"] = [c for c in notebook["cells"] if ANSWER not in c["metadata"]]
     count = 0
     for i, cell in enumerate(notebook["cells"]):
@@ -112,6 +112,8 @@ def main():
         taken = times(made)
         longest = max(taken, key=taken.get)
         print(f"{sum(taken.values()):.1f} minutes, of which {taken[longest]:.1f}: {longest}")
+        spent = {"all": sum(taken.values()), "longest cell": taken[longest]}
+        made["metadata"]["minutes"] = {name: round(m, 1) for name, m in spent.items()}
     write_atomically(NOTEBOOK, nbformat.writes(nbformat.from_dict(tidy(made))) + "\n")
     print(f"written: {NOTEBOOK.name}, {NOTEBOOK.stat().st_size / 1e6:.1f} MB")
 

@@ -9,8 +9,10 @@ import termios
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
+import train
+from plumbing import console
 from plumbing.console import Bar, told, track
 
 # Three steps of two passes each, told of at a pace that a test can wait for.
@@ -47,6 +49,24 @@ def test_a_log_gets_a_line_now_and_then_and_results_are_kept_apart():
     pattern = rf"algo \d/3 steps{left}( \| update \d\d:\d\d)?( \| \d/2 passes{left})?"
     assert all(re.fullmatch(pattern, line) for line in lines), log
     assert re.search(r"algo 2/3 steps, 00:0\d left \| update 00:00 \| 1/2 passes, 00:0\d left", log)
+
+
+def test_a_run_tells_of_all_its_work(tmp_path, folder, monkeypatch, capsys):
+    """The real loop, told of often enough to see every part: each has a time left, or how long it
+    is under way."""
+    argv = ["train.py", "--out", str(tmp_path / "run"), *SMALL, "--algo", "papo_g", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(console, "LINE_EVERY", 0.002)
+    monkeypatch.setattr(console, "_thread", None)
+    train.main()
+    log = capsys.readouterr().err
+    left = r" \d+/\d+ {}, \d\d:\d\d left"
+    assert re.search("papo_g" + left.format("steps"), log)
+    assert re.search("sampling" + left.format("responses"), log)
+    assert re.search(r"update \d\d:\d\d \|" + left.format("passes"), log)
+    assert re.search(r"evaluating vision \d+/\d+ responses \|", log)
+    for work in ("masked", "saving a checkpoint"):
+        assert re.search(rf"{work} \d\d:\d\d", log), work
 
 
 def test_lines_come_at_once_when_piped():
