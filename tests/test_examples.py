@@ -71,6 +71,7 @@ def test_the_row_of_a_conversation(processors):
     assert processors[0].convert_tokens_to_ids(words) == list(map(int, ids))
 
 
+@pytest.mark.lesson
 def test_k3_on_three_tokens():
     lines = re.findall(
         r"(\.\d+) +(\.\d+) +(\S+) +(\S+) +(\S+) +(?:raised|left|lowered)", loss.k3.__doc__
@@ -86,6 +87,7 @@ def test_k3_on_three_tokens():
         assert logp.grad.item() == pytest.approx(slope, abs=6e-4)
 
 
+@pytest.mark.lesson
 def test_printed_and_released_are_two_functions():
     """They are one formula with the policies exchanged, and not the same number."""
     logp, masked = torch.tensor([-0.1, -0.7, -1.6]), torch.tensor([-2.4, -0.7, -0.9])
@@ -96,6 +98,7 @@ def test_printed_and_released_are_two_functions():
     assert loss.PERCEPTION == {"k3": loss.k3, "printed": loss.printed_kl}
 
 
+@pytest.mark.lesson
 def test_the_advantages_of_three_responses():
     text = papo.group_advantages.__doc__
     rewards = torch.tensor([1.0, 0.1, 0.1])
@@ -106,12 +109,14 @@ def test_the_advantages_of_three_responses():
     assert [round(x, 2) for x in papo.group_advantages(rewards).tolist()] == said
 
 
+@pytest.mark.lesson
 def test_a_nucleus_of_four_tokens():
     kept = rollout.nucleus(torch.tensor([[0.5, 0.3, 0.15, 0.05]]), 0.7)
     torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
     assert "top_p = .7 keeps the first two, as .625 and .375" in rollout.nucleus.__doc__
 
 
+@pytest.mark.lesson
 def test_the_rewards_of_three_responses():
     lines = re.findall(
         r"^    (.+?) {3,}truth (\d): accuracy (\d), format (\d)", reward.__doc__, re.M

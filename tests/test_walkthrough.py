@@ -41,6 +41,14 @@ def test_a_notebook_keeps_neither_answers_nor_progress_bars():
         assert [output["name"] for output in cell["outputs"]] == ["stdout"]
 
 
+def test_the_notebook_says_how_long_it_took(notebook):
+    """At most 12 minutes on two cores, and each cell at most 2: what the last run of all took."""
+    minutes = notebook["metadata"]["minutes"]
+    assert minutes["longest cell"] <= 2 and minutes["all"] <= 12
+    about = re.search(r"all cells together take about (\w+) minutes", SCRIPT.read_text())[1]
+    assert abs(minutes["all"] - {"six": 6, "seven": 7, "eight": 8}[about]) < 1
+
+
 def test_text_that_has_changed_is_taken_over_and_code_is_not():
     def cell(kind, source):
         return {"cell_type": kind, "source": source, "metadata": {}}
