@@ -1,16 +1,17 @@
 """The two stages of Fine-R1 on pictures that people drew: the same emoji by two vendors.
 
     python bench/emoji.py                                       # fetches both packages with npm
-    python bench/emoji.py --google DIR --twitter DIR            # folders with emoji.json and img/
-    python bench/emoji.py --algos dapo --steps 10
+    python bench/emoji.py --google DIR --twitter DIR            # folders of unpacked packages
+    python bench/emoji.py --algos dapo --steps 10 --seeds 1
 
 An emoji is a class. A subcategory of Unicode's, such as animal-bird, holds those that are taken for
 each other. Google's drawing is what is asked about, Twitter's is another picture of the class
 (`positive`), and Google's drawing of the most similar emoji of the subcategory is the `negative`.
 The tiny policy of toy/ first learns from scratch, with sft.py, to name Google's drawings, moved a
-little; then train.py goes on from there with each algorithm, on two thirds of the classes. What
-counts is Twitter's drawings of the other third: neither stage has seen them. In them a policy is
-right that looks at what makes the emoji, and not at one vendor's way to draw it.
+little; then train.py goes on from there with each algorithm, on two thirds of the classes, which
+the negatives are of as well. What counts is Twitter's drawings of the other third: neither stage
+has seen them. In them a policy is right that looks at what makes the emoji, and not at one vendor's
+way to draw it. A seed is that of both stages; the rows are the same for every seed.
 
 The packages are emoji-datasource-google and emoji-datasource-twitter 16.0.0, of 74 and 62 MB, whose
 own files state their licences: the data MIT (Cal Henderson), Google's pictures (Noto) Apache 2.0,
@@ -26,19 +27,18 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from paper_on_a_laptop import ROOT
 from PIL import Image
+from side_by_side import with_interval
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from plumbing.common import fail  # noqa: E402
-from plumbing.config import TINY, algorithms  # noqa: E402
-from plumbing.data import IMAGE  # noqa: E402
-from plumbing.pictures import rgb  # noqa: E402
-from reward import TAGGED  # noqa: E402
-from toy.birds import respond  # noqa: E402
-from toy.kinds import TURNS, png, save  # noqa: E402
-from toy.model import keep, new_policy, processor, tokenizer  # noqa: E402
+from plumbing.common import fail
+from plumbing.config import TINY, algorithms
+from plumbing.data import IMAGE
+from plumbing.pictures import rgb
+from reward import TAGGED
+from toy.birds import respond
+from toy.kinds import TURNS, png, save
+from toy.model import keep, new_policy, processor, tokenizer
 
 VERSION = "16.0.0"
 GROUPS = ["animal-bird", "animal-mammal", "food-fruit", "transport-ground", "clothing"]
@@ -56,10 +56,18 @@ def fetched(vendor, out):
         if not archive.exists() and subprocess.run(packed, cwd=out).returncode:
             fail(f"npm cannot fetch {name}@{VERSION}; give its folder with --{vendor}")
         with tarfile.open(archive) as tar:
-            wanted = (f"package/img/{vendor}/64/", "package/emoji.json")
+            wanted = (f"package/img/{vendor}/64/", "package/emoji.json", "package/package.json")
             tar.extractall(making, [m for m in tar if m.name.startswith(wanted)], filter="data")
         making.rename(folder)
     return folder / "package"
+
+
+def package_of(folder):
+    """-> (name, version) of an unpacked package"""
+    if not (folder / "package.json").is_file():
+        fail(f"{folder} is no unpacked package: it holds no package.json")
+    about = json.loads((folder / "package.json").read_text())
+    return about["name"], about["version"]
 
 
 def drawings(folders, most):
@@ -78,8 +86,9 @@ def drawings(folders, most):
         names.add(name)
         pictures = {vendor: rgb(file.read_bytes()) for vendor, file in files.items()}
         found.setdefault(group, {})[name] = pictures
-    if not found:
-        fail(f"no emoji of {', '.join(GROUPS)} with two drawings in {folders['google']}")
+    if min(map(len, found.values()), default=0) < 2:
+        groups = " or ".join(found or GROUPS)
+        fail(f"not two emoji of {groups} with two drawings in {folders['google']}; see --most")
     return found
 
 
@@ -102,13 +111,16 @@ def moved(picture, rng):
     return page
 
 
-def rows_of(found, seed=0):
-    """{name of a file: its rows}, in the columns of toy/kinds.py."""
+def rows_of(found):
+    """{name of a file: its rows}, in the columns of toy/kinds.py
+
+    Every third class of a subcategory is unseen: no row of `train` has a picture of it.
+    """
     files = {"sft": [], "train": [], "test_unseen": [], "test_seen": []}
-    rng = random.Random(seed)
+    rng = random.Random(0)
     for group, emoji in found.items():
-        near = similar(emoji)
-        for k, (name, drawn) in enumerate(emoji.items()):
+        near, known = similar(emoji), {name for k, name in enumerate(emoji) if k % 3 != 2}
+        for name, drawn in emoji.items():
             candidates = sorted([name, *near[name][: CANDIDATES - 1]])
             thought = f"group {group} ; candidates {' '.join(candidates)} ; it is {name}"
             asked = f"{IMAGE} {QUESTION}"
@@ -118,10 +130,11 @@ def rows_of(found, seed=0):
                 images = [png(moved(drawn["google"], rng))]
                 files["sft"].append({"messages": messages, "images": images})
             row = {"problem": asked, "answer": name}
-            twitter, seen = png(drawn["twitter"]), k % 3 != 2
+            twitter, seen = png(drawn["twitter"]), name in known
             files["test_seen" if seen else "test_unseen"].append(row | {"images": [twitter]})
             if seen:
-                companions = {"positive": twitter, "negative": png(emoji[near[name][0]]["google"])}
+                other = next(other for other in near[name] if other in known)
+                companions = {"positive": twitter, "negative": png(emoji[other]["google"])}
                 files["train"].append(row | {"images": [png(drawn["google"])]} | companions)
     return files
 
@@ -139,6 +152,26 @@ def run(script, flags):
         fail(f"{script} failed; what it said stands above")
 
 
+def trained(args, base, seed):
+    """Both stages with one seed -> [what there is to say of each algorithm]"""
+    start, found = args.out / f"sft-seed{seed}", []
+    small = {k: TINY[k] for k in ("min_pixels", "max_pixels", "dtype", "tokens_per_forward")}
+    learn = {"recipe": "toy", "steps": args.updates, "save_every": args.updates} | small
+    places = {"model": base, "data": args.out / "sft.parquet", "out": start}
+    run("sft.py", learn | places | {"seed": seed})
+    go_on = TINY | {"reward": "tagged", "sampler": "hf", "steps": args.steps, "eval_every": 0}
+    for algo in args.algos:
+        out = args.out / f"{algo}-seed{seed}"
+        places = {"model": start / f"checkpoint-{args.updates}", "out": out}
+        places |= {"data": args.out / "train.parquet", "val_data": args.out / "test_unseen.parquet"}
+        run("train.py", go_on | places | {"algo": algo, "seed": seed})
+        about = json.loads((out / "config.json").read_text())
+        kept = {"algo": algo, "seed": seed, "sft.py": learn, "train.py": go_on}
+        kept |= {k: about[k] for k in ("commit", "versions")}
+        found.append(kept | json.loads((out / "evaluation.json").read_text()))
+    return found
+
+
 def main():
     """Fetch, write the files, train, report."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -149,31 +182,30 @@ def main():
     p.add_argument("--updates", type=int, default=150, help="of supervised learning")
     p.add_argument("--steps", type=int, default=30, help="of reinforcement learning")
     p.add_argument("--algos", nargs="+", choices=algorithms(), default=["dapo", "tapo"])
+    p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="at most 5")
     args = p.parse_args()
+    if len(args.seeds) > 5:
+        fail("--seeds: give at most 5")
     args.out.mkdir(parents=True, exist_ok=True)
     folders = {v: getattr(args, v) or fetched(v, args.out) for v in ("google", "twitter")}
+    told = {"packages": dict(map(package_of, folders.values()))}
     files = rows_of(drawings(folders, args.most))
     for name, rows in files.items():
         save(args.out / f"{name}.parquet", rows)
 
     tok = tokenizer([*TURNS, "system", *words(files)])
     base = keep((new_policy(tok), tok, processor()), args.out / f"untrained-{len(tok)}")
-    learned = {"model": base, "data": args.out / "sft.parquet", "out": args.out / "sft"}
-    small = {k: TINY[k] for k in ("min_pixels", "max_pixels", "dtype", "tokens_per_forward")}
-    settings = {"recipe": "toy", "steps": args.updates, "save_every": args.updates}
-    run("sft.py", learned | small | settings)
-    accuracy = {}
-    for algo in args.algos:
-        flags = {"model": args.out / f"sft/checkpoint-{args.updates}", "algo": algo}
-        flags |= {"data": args.out / "train.parquet", "out": args.out / algo}
-        flags |= {"val_data": args.out / "test_unseen.parquet", "reward": "tagged"}
-        flags |= {"sampler": "hf"}
-        run("train.py", flags | TINY | {"steps": args.steps, "eval_every": 0})
-        accuracy[algo] = json.loads((args.out / algo / "evaluation.json").read_text())
-    (args.out / "emoji.json").write_text(json.dumps(accuracy))
+    runs = [one for seed in args.seeds for one in trained(args, base, seed)]
+    told["classes"] = {"seen": len(files["test_seen"]), "unseen": len(files["test_unseen"])}
+    told["rows"] = {name: len(rows) for name, rows in files.items()}
+    (args.out / "emoji.json").write_text(json.dumps(told | {"runs": runs}, indent=1))
     print("Twitter's drawings of the classes that reinforcement learning has not seen, avg@8:")
-    for algo, both in accuracy.items():
-        shown = (f"{when} {100 * both[when]['test']['accuracy']:.1f} %" for when in both)
+    for algo in args.algos:
+        own = [one for one in runs if one["algo"] == algo]
+        shown = (
+            f"{when} {with_interval([100 * one[when]['test']['accuracy'] for one in own])} %"
+            for when in ("before", "after")
+        )
         print(f"    {algo}: {', '.join(shown)}")
 
 

@@ -5,10 +5,11 @@ import io
 import itertools
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import ROOT, command
 from PIL import Image
 
 from plumbing.config import MODELS, resolve
@@ -20,6 +21,11 @@ from reward import BOXED, score
 from toy import birds, kinds
 from toy.birds import COLOURS, CREST, CRESTS, FAMILIES, FORMS, KINDS, alike, draw, picture
 
+sys.path.insert(0, str(ROOT / "bench"))
+
+import emoji  # noqa: E402
+
+VENDORS = [("google", 0), ("twitter", 9)]
 LEARNED = ("sft", "train")
 TESTED = [f"test_{who}_{how}" for who in ("seen", "unseen") for how in ("open", "closed")]
 UNSEEN = {kind.name for kind in KINDS.values() if not kind.seen}
@@ -200,3 +206,23 @@ def test_the_base_is_a_folder_that_sft_learns_from(folder, tmp_path):
     flags = "--steps 1 --prompts_per_update 15 --lr 1e-3".split()
     ran = command("sft.py", "--model", model, "--data", data, "--out", tmp_path / "kinds", *flags)
     assert (tmp_path / "kinds/checkpoint-1/model.safetensors").exists(), ran.stderr
+
+
+def test_of_the_emoji_no_row_to_train_on_shows_an_unseen_class():
+    """bench/emoji.py on made-up drawings. `same` is most like b and is unseen, as every third of a
+    subcategory is; so the negative of b is the most similar one of those that are seen."""
+    shades = {"a": 0, "b": 100, "same": 101, "c": 130, "d": 250, "e": 251}
+    drawn = {
+        name: {vendor: Image.new("RGB", (64, 64), (shade, 0, blue)) for vendor, blue in VENDORS}
+        for name, shade in shades.items()
+    }
+    rows = emoji.rows_of({"birds": drawn})
+    known = {kinds.png(drawn[name]["google"]): name for name in shades}
+    negatives = {row["answer"]: known[row["negative"]] for row in rows["train"]}
+    assert negatives == {"a": "b", "b": "c", "c": "b", "d": "c"}
+    assert {row["answer"] for row in rows["test_unseen"]} == {"same", "e"}
+    assert {row["answer"] for row in rows["test_seen"]} == set(negatives)
+    for row in rows["train"]:
+        assert row["positive"] == kinds.png(drawn[row["answer"]]["twitter"])
+    unseen = [row["images"][0] for row in rows["test_unseen"]]
+    assert unseen == [kinds.png(drawn[name]["twitter"]) for name in ("same", "e")]
