@@ -159,7 +159,8 @@ def trained(args, base, seed):
     learn = {"recipe": "toy", "steps": args.updates, "save_every": args.updates} | small
     places = {"model": base, "data": args.out / "sft.parquet", "out": start}
     run("sft.py", learn | places | {"seed": seed})
-    go_on = TINY | {"reward": "tagged", "sampler": "hf", "steps": args.steps, "eval_every": 0}
+    go_on = {"lr": TINY["lr"], "reward": "tagged", "sampler": "hf"}  # others are a tiny model's
+    go_on |= {"steps": args.steps, "eval_every": 0}
     for algo in args.algos:
         out = args.out / f"{algo}-seed{seed}"
         places = {"model": start / f"checkpoint-{args.updates}", "out": out}
