@@ -71,28 +71,57 @@ def test_the_settings_are_the_papers():
     assert (printed.update_on, printed.reward, printed.loss_mean) == ("anchor", "tagged", "token")
 
 
-def test_both_halves_form_one_pool_of_rewards(tapo):
-    """The first half is all wrong, the second all right: each half alone would have no advantage,
-    and together the right ones have +0.94 and the wrong ones -0.94."""
-    progress, clock = module.Progress(), module.Clock()
-    groups, _, _ = module.collect(tapo, progress, clock)
+# n1 and n2, and the advantages of n1 wrong and n2 right responses. Two zeros and two ones have the
+# mean 1/2 and the standard deviation 1/sqrt(3); three zeros and a one have 1/4 and 1/2.
+POOLS = [(2, 2, -(0.75**0.5), 0.75**0.5), (3, 1, -0.5, 1.5)]
+
+
+@pytest.mark.parametrize("n1, n2, wrong, right", POOLS)
+def test_both_parts_form_one_pool_of_rewards(n1, n2, wrong, right, tapo):
+    """The first part is all wrong, the second all right: each alone would have no advantage."""
+    parts = replace(tapo, cfg=replace(tapo.cfg, second_rollouts=n2))
+    groups, _, _ = module.collect(parts, module.Progress(), module.Clock())
     group = groups[0]
     assert len(group.scores) == 4 and len(group.rollout.tokens) == 4
-    group.scores = [{"overall": float(i > 1), "overlong_penalty": 0.0} for i in range(4)]
+    group.scores = [{"overall": float(i >= n1), "overlong_penalty": 0.0} for i in range(4)]
     group.advantages = papo.group_advantages(group.rewards)
-    # Two zeros and two ones: the mean is 1/2, the standard deviation 1/sqrt(3).
-    assert group.advantages.tolist() == pytest.approx([-(0.75**0.5)] * 2 + [0.75**0.5] * 2, 1e-5)
-    first, second = on_own_pictures([group], 2)
+    assert group.advantages.tolist() == pytest.approx([wrong] * n1 + [right] * n2, 1e-5)
+    first, second = on_own_pictures([group], n2)
     assert (first.second, second.second) == (False, True)
-    assert second.advantages.tolist() == group.advantages[2:].tolist()
-    assert second.rollout.texts == group.rollout.texts[2:] and second.lengths == group.lengths[2:]
+    for part, own in ((first, slice(n1)), (second, slice(n1, None))):
+        assert part.advantages.tolist() == group.advantages[own].tolist()
+        assert part.rollout.texts == group.rollout.texts[own]
+        assert part.scores == group.scores[own] and part.lengths == group.lengths[own]
 
 
+@pytest.mark.parametrize("n1, n2", [(2, 2), (3, 1)])
+def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
+    """0 < #correct < n1 + n2: of four prompts the first is answered right on both pictures, the
+    second on none, the third on its own one only, and the fourth on the positive only. The last two
+    are kept, though neither part of them differs within itself."""
+    flags = dict(dynamic_sampling=True, second_rollouts=n2, prompts_per_round=4)
+    parts = tapo_run(tmp_path, folder, triplets(), **flags)
+    earned = [1] * 4 + [0] * 4 + [1] * n1 + [0] * n2 + [0] * n1 + [1] * n2
+
+    def graded(texts, truths, grader, rule):
+        assert len(texts) == len(truths) == len(earned)
+        return [dict.fromkeys(("overall", "accuracy", "format"), float(x)) for x in earned]
+
+    monkeypatch.setattr(module, "score", graded)
+    groups, _, fate = module.collect(parts, module.Progress(), module.Clock())
+    assert [group.position for group in groups] == [2, 3, 6, 7]  # two rounds of four prompts
+    assert (fate["generated"], fate["too_easy"], fate["too_hard"]) == (8, 2, 2)
+    for group in groups:
+        right = group.position % 4 == 2
+        assert group.values("accuracy").tolist() == [right] * n1 + [not right] * n2
+
+
+@pytest.mark.parametrize("n1, n2", [(2, 2), (3, 1)])
 @pytest.mark.parametrize("update_on", ["anchor", "own"])
-def test_on_which_picture_a_response_is_trained(update_on, tapo, monkeypatch):
+def test_on_which_picture_a_response_is_trained(update_on, n1, n2, tapo, monkeypatch):
     """Each response's log-probs are the sampler's where it is trained on the picture that it was
     sampled on, and others where it is not."""
-    parts = replace(tapo, cfg=replace(tapo.cfg, update_on=update_on))
+    parts = replace(tapo, cfg=replace(tapo.cfg, update_on=update_on, second_rollouts=n2))
     anchors = [parts.stream[i].pixels for i in range(4)]
     seen, said, real, forward = [], [], papo.objective, parts.policy.forward
 
@@ -108,10 +137,11 @@ def test_on_which_picture_a_response_is_trained(update_on, tapo, monkeypatch):
     gaps = [(s.old - s.sampled).abs().amax(-1).flatten() for s in first]  # (G,) each
     if update_on == "own":
         assert len(said) == 8 and sum(seen) == len(seen) // 2
+        assert sorted(map(len, gaps)) == sorted([n1, n2] * 2)
         assert torch.cat(gaps).max() < 1e-3
     else:
         assert len(said) == 4 and all(seen)
-        assert all(g[:2].max() < 1e-3 < g[2:].max() for g in gaps)
+        assert all(g[:n1].max() < 1e-3 < g[n1:].max() for g in gaps)
 
 
 def test_without_positives_and_with_the_masked_picture_it_is_papo_d(tmp_path, folder):

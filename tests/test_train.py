@@ -367,14 +367,14 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("credit", ["none", "vppo"])
-def test_micro_batches_are_memory_only(credit, tmp_path):
-    flags = ["--steps", 1, "--credit", credit]
+@pytest.mark.parametrize("flags", ["", "--credit vppo", "--credit pgpo", "--rollout_picture noisy"])
+def test_micro_batches_are_memory_only(flags, tmp_path):
+    flags = ["--steps", 1, *flags.split()]
     train(tmp_path / "small", *flags)
     train(tmp_path / "large", *flags, "--tokens_per_forward", 400)
     a, b = metrics(tmp_path / "small")[0], metrics(tmp_path / "large")[0]
     names = ["loss", "perception_kl", "ref_kl", "entropy", "grad_norm", "reward", "policy_loss"]
-    for name in names + (["credit_weight"] if credit == "vppo" else []):
+    for name in names + (["credit_weight"] if "--credit" in flags else []):
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 

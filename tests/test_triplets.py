@@ -125,7 +125,7 @@ def test_positives_and_negatives_are_of_the_right_classes(tmp_path, run, capsys)
     assert [c["cosine"] for c in told] == sorted((c["cosine"] for c in told), reverse=True)
     shown = capsys.readouterr().out
     assert all(f"\n{name:<30}     5  {TWIN[name]:<30}" in shown for name in CLASSES)
-    assert "no positive" not in shown
+    assert "without a positive" not in shown
 
 
 def test_the_file_is_read_as_any_other(tmp_path, run):
