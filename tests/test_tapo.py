@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import command
 from PIL import Image
+from safetensors.torch import load_file
 from test_data import png
-from test_train import one_run
+from test_train import one_run, train_on
 
 import papo
 import train as module
@@ -23,6 +24,7 @@ from plumbing.grader import Grader
 from plumbing.setup import usable
 from plumbing.sources import Rows, load
 from reward import compute_score, score, tagged, well_tagged
+from toy import kinds
 from toy.task import ToyData
 
 
@@ -164,6 +166,52 @@ def test_without_positives_and_with_the_masked_picture_it_is_papo_d(tmp_path, fo
     assert ours["perception_kl"] > 0.01
     pairs = zip(parts.policy.parameters(), papo_d.policy.parameters())
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------- the command, as released
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both stages on the birds of toy/kinds.py, from random weights -> (flags of a run, its folder,
+    its metrics)"""
+    root = tmp_path_factory.mktemp("tapo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPO_CACHE", str(root / "cache"))
+        kinds.write(root / "kinds", steps=0)
+    learn = "--prompts_per_update 15 --lr 2e-3 --steps 40".split()
+    places = ["--data", root / "kinds/sft.parquet", "--out", root / "sft"]
+    done = command("sft.py", "--model", root / "kinds/base", *places, *learn)
+    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ["--algo", "tapo", "--model", root / "sft/checkpoint-40", "--steps", 1]
+    flags += ["--data", root / "kinds/train.parquet"]
+    return flags, root / "one", train_on(1, root / "one", *flags)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_groups_that_teach(trained):
+    """Dynamic sampling, the reward of tagged names, each response on its own picture."""
+    _, out, (line,) = trained
+    cfg = json.loads((out / "config.json").read_text())["config"]
+    assert (cfg["reward"], cfg["dynamic_sampling"], cfg["update_on"]) == ("tagged", True, "own")
+    assert line["equal_groups"] == 0 and 0 < line["accuracy"] < 1
+    assert line["too_hard_prompts"] + line["too_easy_prompts"] > 0  # there was something to filter
+    assert line["perception_kl"] > 0 and line["masked_entropy"] > 0 and line["grad_norm"] > 0
+    assert (out / "checkpoint-1" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, tokens", [(2, 1), (1, 400)])
+def test_processes_and_micro_batches_change_nothing(processes, tokens, trained, tmp_path):
+    """Each response is trained on its own picture, wherever the two parts of its group are."""
+    flags, out, (one,) = trained
+    (line,) = train_on(processes, tmp_path / "run", *flags, "--tokens_per_forward", tokens)
+    names = "reward accuracy loss policy_loss perception_kl entropy masked_entropy grad_norm"
+    for name in names.split():
+        assert line[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+    files = (x / "checkpoint-1" / "model.safetensors" for x in (out, tmp_path / "run"))
+    x, y = map(load_file, files)
+    assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
 
 
 # --------------------------------------------------------------------------------- rows and rewards
