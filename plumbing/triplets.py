@@ -2,6 +2,7 @@
 
     python -m plumbing.triplets birds.parquet --out birds_tapo.parquet
     python -m plumbing.triplets birds@train --out birds_4.parquet --options 4 --encoder MODEL
+    python -m plumbing.triplets birds@train --out birds_tapo.parquet --unseen 10
 
 DATA is a fine-grained classification set: one picture a row, the answer is its class. A row gets
 
@@ -14,6 +15,9 @@ DATA is a fine-grained classification set: one picture a row, the answer is its 
 
 The paper does not say which encoder was used, and its code for this was not released. So both the
 encoder and the mean over a class are choices of this project.
+
+With --unseen N the rows of N classes go to a second file, birds_tapo_unseen.parquet, and the first
+shows nothing of them. Each of the two is made as if its classes were all that there are.
 """
 
 import hashlib
@@ -89,6 +93,17 @@ def draw(pool, digest, *name):
     return others[torch.randint(len(others), (), generator=generator(*name))] if others else None
 
 
+def unseen_of(classes, args):
+    """--unseen N classes, a set: those with the smallest of the numbers that are drawn for each
+    class under its name. So two splits with the same classes have the same unseen ones."""
+
+    def number(name):
+        draw = generator(args.seed, "unseen", name)
+        return torch.rand((), generator=draw, dtype=torch.float64).item()
+
+    return set(sorted(classes, key=number)[: args.unseen])
+
+
 def with_options(problem, classes, *name):
     """The problem with these classes to choose from, in an order drawn under a name.
 
@@ -124,8 +139,9 @@ def triplet(data, row, found, args):
     return new
 
 
-def write(data, found, args):
-    """Write all rows that can be used, with their other columns as they are, or no file."""
+def write(data, found, out, args):
+    """Write all rows of `found` to the file `out`, with their other columns as they are, or no
+    file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, List, Value
@@ -134,7 +150,7 @@ def write(data, found, args):
     features[data.columns[2]] = List(Image())
     if args.options:
         features[data.columns[0]] = Value("string")
-    table, beside = data.rows.with_format("arrow"), args.out.with_name(f".{args.out.name}")
+    table, beside = data.rows.with_format("arrow"), out.with_name(f".{out.name}")
     schema, kept = features.arrow_schema, list(found[0])
     with pq.ParquetWriter(beside, schema) as file:
         for start in track(range(0, len(kept), AT_ONCE), "writing", f"x {AT_ONCE} rows"):
@@ -144,12 +160,12 @@ def write(data, found, args):
             columns = {c: old[c] for c in old.column_names}
             columns |= {c: [x[c] for x in new] for c in new[0]}
             file.write_table(pa.table(columns, schema=schema))
-    beside.rename(args.out)
+    beside.rename(out)
 
 
-def report(found, args):
+def report(found, out, args):
     """Say which class is taken for which: the first lines as a table, all in a JSON file."""
-    (rows, pools, near), file = found, args.out.with_suffix(".json")
+    (rows, pools, near), file = found, out.with_suffix(".json")
     counts = dict.fromkeys(pools, 0)
     for name, _ in rows.values():
         counts[name] += 1
@@ -157,7 +173,7 @@ def report(found, args):
         {"class": name, "rows": counts[name], "look_alike": other, "cosine": cosine}
         for name, [(other, cosine), *_] in sorted(near.items(), key=lambda x: -x[1][0][1])
     ]
-    told = {k: getattr(args, k) for k in ("data", "encoder", "options", "seed")}
+    told = {k: getattr(args, k) for k in ("data", "encoder", "options", "unseen", "seed")}
     told["classes"] = classes
     write_atomically(file, json.dumps(told, indent=1, ensure_ascii=False))
     print(f"{'class':<30}{'rows':>6}  {'most easily taken for':<30}{'cosine':>8}")
@@ -166,18 +182,20 @@ def report(found, args):
     if alone := [name for name, pool in pools.items() if len(pool) == 1]:
         n = sum(counts[name] for name in alone)
         print(f"rows without a positive, their class having one picture: {n} ({', '.join(alone)})")
-    print(f"written: {args.out}, and all {len(classes)} classes as above in {file}")
+    print(f"written: {out}, and all {len(classes)} classes as above in {file}")
 
 
 def enough(classes, args):
     """Ends with a sentence if there are too few classes."""
     if len(classes) < 2:
         fail(f"{args.data} has one class only, {next(iter(classes), '')}: it has no negatives")
-    most = min(len(classes), len(ascii_uppercase))
+    n, unseen = len(classes), args.unseen
+    if unseen and not 2 <= unseen <= n - 2:
+        fail(f"--unseen {unseen} of {n} classes: 2 or more have to be unseen, and 2 or more seen")
+    fewest = min(unseen or n, n - unseen)  # in one of the files
+    most = min(fewest, len(ascii_uppercase))
     if args.options is not None and not 2 <= args.options <= most:
-        fail(
-            f"--options {args.options}: from 2 to {most}, for {len(classes)} classes and 26 letters"
-        )
+        fail(f"--options {args.options}: from 2 to {most}, for {fewest} classes and 26 letters")
 
 
 def check(data, args):
@@ -198,6 +216,7 @@ def parser():
     add("--out", required=True, type=Path, help="the parquet file to write")
     add("--encoder", default="facebook/dinov2-base", help="a DINOv2 or Qwen-VL: folder or hub name")
     add("--options", type=int, help="add so many classes to choose from to the problem")
+    add("--unseen", type=int, default=0, help="keep so many classes for a file of their own")
     add("--seed", type=int, default=1, help="seed of every random draw")
     for name in COLUMNS:
         add(f"--{name}_column", default=name, help=f"the column of DATA with the {name}")
@@ -214,9 +233,16 @@ def main():
     rows, pools, means, faults = look(data, encoder)
     left_out(args.out.parent, data, faults, False)
     enough(pools, args)
-    found = rows, pools, look_alikes(means, (args.options or 2) - 1)
-    write(data, found, args)
-    report(found, args)
+    unseen = unseen_of(pools, args)
+    files = {args.out: [name for name in pools if name not in unseen]}
+    if unseen:
+        files[args.out.with_name(f"{args.out.stem}_unseen.parquet")] = sorted(unseen)
+    for out, classes in files.items():
+        own = {row: value for row, value in rows.items() if value[0] in classes}
+        near = look_alikes({name: means[name] for name in classes}, (args.options or 2) - 1)
+        found = own, {name: pools[name] for name in classes}, near
+        write(data, found, out, args)
+        report(found, out, args)
 
 
 if __name__ == "__main__":

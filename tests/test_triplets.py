@@ -4,6 +4,7 @@ import base64
 import collections
 import json
 import random
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from plumbing.encoders import encoder_of
 from plumbing.families import TOYS
 from plumbing.pictures import rgb
 from plumbing.sources import Rows
-from plumbing.triplets import ASK, look_alikes, main, with_options
+from plumbing.triplets import ASK, look_alikes, main, unseen_of, with_options
 from toy.model import keep, new_policy, processor, tokenizer
 
 # Two pairs of look-alikes: discs and crosses, each in two shades.
@@ -175,6 +176,37 @@ def test_the_truth_stands_at_each_place_equally_often():
     assert all(abs(places[k] - 1000) < 110 for k in range(4))
 
 
+def test_unseen_classes_have_a_file_of_their_own(tmp_path, run):
+    """Neither file shows a picture, or names a class, of the other; and another split of the same
+    classes, in another order, has the same unseen ones."""
+    rows = draw_rows(tmp_path, 3)
+    run(save(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet", "--unseen", 2, "--options", 2)
+    known = {bytes_of(tmp_path, row): row["answer"] for row in rows}
+    files = [pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("t", "t_unseen")]
+    seen, unseen = ({row["answer"] for row in file} for file in files)
+    assert len(seen) == len(unseen) == 2 and seen | unseen == set(CLASSES)
+    for file, own in zip(files, (seen, unseen)):
+        assert len(file) == 6
+        for row in file:
+            assert {known[row[c]["bytes"]] for c in ("positive", "negative")} == own
+            assert known[row["positive"]["bytes"]] == row["answer"]
+            listed = row["problem"].partition(ASK + "\n")[2].split("\n")
+            assert {line.partition(". ")[2] for line in listed} == own
+    told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("t", "t_unseen")]
+    assert [{c["class"] for c in x["classes"]} for x in told] == [seen, unseen]
+    other = save(tmp_path / "other.jsonl", draw_rows(tmp_path, 2, 1)[::-1])
+    test = run(other, tmp_path / "test.parquet", "--unseen", 2)
+    assert {row["answer"] for row in test} == seen
+
+
+def test_every_class_is_unseen_equally_often():
+    counts = collections.Counter()
+    for seed in range(2000):
+        counts.update(unseen_of(CLASSES, SimpleNamespace(seed=seed, unseen=2)))
+    # A share of 1 / 2 of 2000: mean 1000, standard deviation 22.
+    assert all(abs(counts[name] - 1000) < 90 for name in CLASSES)
+
+
 def test_look_alikes_are_ranked_by_the_cosine():
     means = {"a": [1.0, 0.0], "b": [3.0, 3.0], "c": [0.0, 5.0], "d": [-1.0, 0.1]}
     found = look_alikes({name: torch.tensor(m) for name, m in means.items()}, 3)
@@ -283,6 +315,9 @@ def test_what_cannot_be_done_gets_one_sentence(tmp_path, run, dino):
         "one.jsonl has one class only, navy cross: it has no negatives": (one, out),
         "--options 5: from 2 to 4, for 4 classes and 26 letters": (data, out, "--options", 5),
         "--options 1: from 2 to 4": (data, out, "--options", 1),
+        "--unseen 3 of 4 classes: 2 or more have to be": (data, out, "--unseen", 3),
+        "--unseen -1 of 4 classes": (data, out, "--unseen", -1),
+        "--options 3: from 2 to 2, for 2 classes": (data, out, "--options", 3, "--unseen", 2),
         "--out .*t.csv: give a name that ends in .parquet": (data, tmp_path / "t.csv"),
         "--options adds to a column of problems; .* has messages": (chat, out, "--options", 2),
         "no column label": (data, out, "--answer_column", "label"),
