@@ -11,7 +11,7 @@ The tiny policy of toy/ first learns from scratch, with sft.py, to name Google's
 little; then train.py goes on from there with each algorithm, on two thirds of the classes, which
 the negatives are of as well. What counts is Twitter's drawings of the other third: neither stage
 has seen them. In them a policy is right that looks at what makes the emoji, and not at one vendor's
-way to draw it. A seed is that of both stages; the rows are the same for every seed.
+way to draw it. Each of --seeds goes to both stages; the rows are the same for all of them.
 
 The packages are emoji-datasource-google and emoji-datasource-twitter 16.0.0, of 74 and 62 MB, whose
 own files state their licences: the data MIT (Cal Henderson), Google's pictures (Noto) Apache 2.0,
@@ -153,13 +153,14 @@ def run(script, flags):
 
 
 def trained(args, base, seed):
-    """Both stages with one seed -> [what there is to say of each algorithm]"""
+    """Both stages with one seed -> [the settings, versions and accuracies of each algorithm]"""
     start, found = args.out / f"sft-seed{seed}", []
     small = {k: TINY[k] for k in ("min_pixels", "max_pixels", "dtype", "tokens_per_forward")}
     learn = {"recipe": "toy", "steps": args.updates, "save_every": args.updates} | small
     places = {"model": base, "data": args.out / "sft.parquet", "out": start}
     run("sft.py", learn | places | {"seed": seed})
-    go_on = {"lr": TINY["lr"], "reward": "tagged", "sampler": "hf"}  # others are a tiny model's
+    # All other settings are those that train.py gives to a tiny model.
+    go_on = {"lr": TINY["lr"], "reward": "tagged", "sampler": "hf"}
     go_on |= {"steps": args.steps, "eval_every": 0}
     for algo in args.algos:
         out = args.out / f"{algo}-seed{seed}"
