@@ -191,11 +191,24 @@ def test_the_page_of_lora_is_that_of_its_runs_and_another_quotes_it():
 
 def test_the_emoji_of_the_page_are_those_of_the_run():
     found = json.loads((ROOT / "results" / "emoji.json").read_text())
-    told = (ROOT / "docs" / "after-papo.md").read_text().split("bench/emoji.py")[-1]
-    before, *after = (float(x) for x in re.findall(r"\d\d\.\d", told))
-    for algo, value in zip(("dapo", "tapo"), after):
-        shown = [round(100 * found[algo][when]["test"]["accuracy"], 1) for when in found[algo]]
-        assert shown == [before, value]
+    page = (ROOT / "docs" / "after-papo.md").read_text()
+    told = " ".join(page.split("bench/emoji.py")[-1].split())
+
+    def accuracies(algo, when):
+        runs = [run for run in found["runs"] if run["algo"] == algo]
+        return [100 * run[when]["test"]["accuracy"] for run in runs]
+
+    before, dapo, tapo = (
+        accuracies(*x.split()) for x in ("dapo before", "dapo after", "tapo after")
+    )
+    assert accuracies("tapo", "before") == before  # both go on from the same policy of a seed
+    shown = [side_by_side.with_interval(values) for values in (before, dapo, tapo)]
+    assert re.findall(r"\d+\.\d ± \d+\.\d", told) == shown
+    pairs = [(before, dapo), (before, tapo), (dapo, tapo)]
+    losses = [laptop.verdict([y - x for x, y in zip(*pair)])[1] for pair in pairs]
+    assert re.findall(r"-\S+ points \(.*?\)", told) == losses
+    seen, unseen = (found["classes"][name] for name in ("seen", "unseen"))
+    assert f"other {unseen} classes" in told and f"the {seen} classes" in told
 
 
 def test_lora_is_held_against_full_training_and_against_no_training():
