@@ -19,7 +19,8 @@ def commands():
     """[(page, program, its flags, the comment behind it)], the program as a path or a module."""
     found = []
     for page in PAGES:
-        for text in re.findall(r"(?:torchrun|python) [^\n`|]+", page.read_text()):
+        written = page.read_text().replace("\\\n", " ")
+        for text in re.findall(r"(?:torchrun|python) [^\n`|]+", written):
             said, _, comment = text.partition("#")
             words = shlex.split(said.replace("<", "").replace(">", "").replace("'", ""))
             at = [i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m"]
