@@ -57,9 +57,11 @@ class Processes:
         if sys.platform == "darwin" and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
             # gloo looks a Mac's own host name up, which often has no address; loopback always has.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0")
-        method = "env://" if "MASTER_ADDR" in os.environ else "tcp://localhost:29500"
-        place = dict(init_method=method, rank=self.rank, world_size=self.world)
-        dist.init_process_group(backend, timeout=PATIENCE, **place)
+        place = dict(rank=self.rank, world_size=self.world, timeout=PATIENCE)
+        if self.world == 1:
+            # Nobody has to find a lone process, and a port may be in use by another run.
+            place["store"] = dist.HashStore()
+        dist.init_process_group(backend, **place)
 
     @property
     def first(self):

@@ -1,13 +1,17 @@
 """Where students are: the commands called from another folder, from a path with a space, from a
 checkout that cannot be written to, and on a platform without what only Linux has."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL, command
 
 from plumbing.common import make_once, may_write
@@ -132,3 +136,18 @@ def test_on_a_mac_gloo_meets_on_loopback(monkeypatch, local, expected):
     monkeypatch.setenv("WORLD_SIZE", "2")
     Processes()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_a_lone_process_takes_no_port():
+    """Two runs may share a machine. What one process of a GPU opens, opened here with gloo."""
+    mine = Processes(alone=True)
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # whoever has it has it
+            other.bind(("localhost", 29500))
+        mine._meet("gloo")
+    try:
+        total = torch.ones(2)
+        dist.all_reduce(total)
+        assert dist.get_world_size() == 1 and total.tolist() == [1, 1]
+    finally:
+        mine.leave()
