@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -376,8 +377,10 @@ def empty_policy(folder, banned, cfg, device):
     prepare(vlm, policy.family)
     precision = MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
+    # Named, since torch's default is a GPU wherever there is one, and `device` may be a CPU.
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for part in [*policy.family.blocks(vlm), policy]:
-        fully_shard(part, mp_policy=precision, offload_policy=offload)
+        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
     policy.to_empty(device="cpu" if cfg.cpu_offload else device)
     vlm.tie_weights()
     return policy

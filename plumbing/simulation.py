@@ -163,18 +163,21 @@ def simulate(settings, cfg, world, tokens, exchange, depth=(LAYERS, BLOCKS)):
     """One update on one of `world` GPUs, whose last pass has `tokens` tokens -> Measured
 
     settings: the model's config.json as a dict; exchange: every pass exchanges its gradients;
-    depth: the decoder layers and vision blocks that are run. There must be no process group.
+    depth: the decoder layers and vision blocks that are run, of those that there are. There must be
+    no process group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     cfg = replace(cfg, packing="flat", cpu_offload=False)  # cpu_offload is summed in memory.py
     banned = torch.zeros(settings["text_config"]["vocab_size"], dtype=torch.bool)
+    there = settings["text_config"]["num_hidden_layers"], settings["vision_config"]["depth"]
+    few = shallow(settings, *map(min, depth, there))
     ledger, processes = Ledger(), Processes(alone=True)
     processes.world = world
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        with ledger, folder_of(shallow(settings, *depth)) as folder:
+        with ledger, folder_of(few) as folder:
             policy = empty_policy(folder, banned, cfg, "cpu")
             weights = ledger.live
             for name in ("stand_in", "flash_stand_in"):  # a "flash" is handed all rows of a tower

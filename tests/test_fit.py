@@ -15,7 +15,7 @@ from plumbing.ledger import Ledger
 from plumbing.memory import ENGINE_ROOM, OUTSIDE, Measured, Model, State, nearest, plan, state
 from plumbing.setup import why_not
 from plumbing.shapes import SHAPES
-from plumbing.simulation import count_parameters, settings_of, simulate
+from plumbing.simulation import count_parameters, settings_of, shallow, simulate
 
 GB = 1e9
 
@@ -202,6 +202,23 @@ def test_a_few_layers_tell_what_many_take(exchange):
     assert few.parameters == many.parameters == count_parameters(deep(), config())[0]
     for name in ("weights", "moments", "gradients", "peak"):
         assert getattr(few, name) == pytest.approx(getattr(many, name), rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_no_more_layers_are_simulated_than_there_are():
+    few = shallow(deep(), 2, 3)
+    exact = simulate(few, config(), 2, 2048, True, depth=(2, 3))
+    assert exact == simulate(few, config(), 2, 2048, True)
+    assert exact.parameters == count_parameters(few, config())[0]
+
+
+@pytest.mark.slow
+def test_the_simulation_works_on_the_cpu_where_there_is_a_gpu(monkeypatch):
+    """What torch would shard over by itself there."""
+    few = shallow(deep(), 2, 2)
+    expected = simulate(few, config(), 2, 2048, False)
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
+    assert simulate(few, config(), 2, 2048, False) == expected
 
 
 @pytest.mark.slow
