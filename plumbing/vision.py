@@ -42,13 +42,21 @@ class PatchProjection(nn.Conv3d):
 
 
 def in_one_call(query):
-    """Can torch's varlen_attn take it? It is FlashAttention: for 16-bit numbers and heads of a
-    multiple of 8 up to 256 (those of the real towers have 64, 72 or 80), from Ampere on. Float32,
-    --dtype float32 on a GPU included, goes piece by piece."""
-    d, dtype = query.shape[-1], query.dtype
-    if not query.is_cuda or dtype not in (torch.bfloat16, torch.float16) or d % 8 or d > 256:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    """Can torch's varlen_attn take it? -> bool"""
+    device = query.device if query.is_cuda else None
+    capability = torch.cuda.get_device_capability(device) if device else None
+    return varlen_takes(query.dtype, query.shape[-1], capability)
+
+
+def varlen_takes(dtype, d, capability):
+    """varlen_attn is FlashAttention: for 16-bit numbers and heads of a multiple of 8 up to 256
+    (those of the real towers have 64, 72 or 80), on CUDA from Ampere on. Float32, --dtype float32
+    on a GPU included, goes piece by piece. -> bool
+
+    d: channels of a head; capability: of the CUDA device, (major, minor); None: it is no such
+    """
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    return bool(capability) and capability >= (8, 0) and sixteen_bits and d % 8 == 0 and d <= 256
 
 
 def attend_in_pieces(module, query, key, value, attention_mask, **settings):

@@ -121,9 +121,23 @@ def test_one_call_for_all_windows_is_a_call_for_each(own, folder, monkeypatch):
     assert (max(calls) > len(GRID)) == windows
 
 
-def test_what_the_one_call_cannot_take_goes_piece_by_piece():
-    for dtype, d in [(torch.float32, 80), (torch.bfloat16, 80)]:
-        assert not vision.in_one_call(torch.zeros(1, 2, 3, d, dtype=dtype))  # on a CPU
+@pytest.mark.parametrize(
+    "dtype, d, capability, taken",
+    [
+        (torch.bfloat16, 80, (8, 0), True),  # an A100
+        (torch.float16, 72, (12, 0), True),
+        (torch.bfloat16, 256, (9, 0), True),
+        (torch.float32, 80, (9, 0), False),
+        (torch.bfloat16, 84, (9, 0), False),
+        (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 80, (7, 5), False),  # Turing
+        (torch.bfloat16, 80, None, False),  # no CUDA device
+    ],
+)
+def test_what_the_one_call_takes(dtype, d, capability, taken):
+    assert vision.varlen_takes(dtype, d, capability) is taken
+    if capability is None:
+        assert not vision.in_one_call(torch.zeros(1, 2, 3, d, dtype=dtype))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs a CUDA device")
