@@ -16,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.data import Example, encode  # noqa: E402
 from plumbing.families import family_of, image_processor_class  # noqa: E402
 from plumbing.shapes import SHAPES as PUBLISHED  # noqa: E402
+from plumbing.simulation import shallow  # noqa: E402
 from toy.model import new_policy, tokenizer, visual_token_ids  # noqa: E402
 
 SHAPES = {"toy": None, **PUBLISHED}
 
 
-def build(shape, folder, device="cpu", layers=None):
-    """Write the model folder, unless it is there already -> the folder. layers: fewer than the
-    shape has, for the decoder."""
+def build(shape, folder, device="cpu", depth=None):
+    """Write the model folder, unless it is there already -> the folder. depth: (decoder layers,
+    vision blocks), where it is to have fewer than the shape."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder = Path(folder)
@@ -33,10 +34,10 @@ def build(shape, folder, device="cpu", layers=None):
     if SHAPES[shape] is None:
         vlm, looks = new_policy(tok), {}
     else:
-        few = {"num_hidden_layers": layers} if layers else {}
         ends = dict(bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-        settings = SHAPES[shape] | visual_token_ids(tok)
-        settings["text_config"] = settings["text_config"] | ends | few
+        settings = shallow(SHAPES[shape], *depth) if depth else SHAPES[shape]
+        settings = settings | visual_token_ids(tok)
+        settings["text_config"] = settings["text_config"] | ends
         config = AutoConfig.for_model(**settings)
         looks = family_of(config).toy_processor
         with torch.device(device):

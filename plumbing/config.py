@@ -473,7 +473,7 @@ CARDS = {
         tokens_per_forward=8192,
         activation_checkpointing=True,
         sleep=2,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.45,
     ),
 }
 

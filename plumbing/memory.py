@@ -10,15 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
 from plumbing.checkpoint import bytes_of
+from plumbing.engine import prefill_tokens
 from plumbing.optimiser import whole_gradients
 from plumbing.setup import sleep_level
 
 # Bytes of a GPU that no tensor of ours accounts for: the CUDA context, NCCL, cuBLAS workspaces,
 # what an engine that sleeps keeps (CUDA graphs), and fragments. An estimate, not a measurement.
 OUTSIDE = 3e9
-# Bytes that an engine needs beside its weights and the responses to one prompt: its largest prefill
-# and its CUDA graphs. An estimate, not a measurement.
-ENGINE_ROOM = 4e9
+# Bytes that an engine needs beside its weights and the responses to one prompt: for CUDA graphs,
+# logits and workspaces; and for each token of its largest prefill, three times what the widest
+# layer of Qwen2.5-VL's tower makes of a picture's token (4 patches, 2 x 3,420 channels in bfloat16
+# each). Estimates, not measurements.
+ENGINE_ROOM, PREFILL_ROOM = 2e9, 160e3
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def plan(model, cfg, world, memory, measure):
     if level < 0:
         level = sleep_level(model.trained, model.frozen, world, memory, cfg)
     rows = {phase: parts | {"outside": OUTSIDE} for phase, parts in phases(level).items()}
-    missing = copy + cache_bytes(text, cfg) / cfg.tensor_parallel + ENGINE_ROOM - awake
+    room = ENGINE_ROOM + PREFILL_ROOM * prefill_tokens(cfg, cuda=True)
+    missing = copy + cache_bytes(text, cfg) / cfg.tensor_parallel + room - awake
     saved = (cfg.keep or -(-cfg.steps // cfg.save_every)) + 1
     disk = saved * bytes_of(model.trained, model.frozen, cfg)
     return Plan(rows, memory, level, host, disk, missing if vllm else 0.0, exchange)

@@ -12,7 +12,17 @@ from conftest import ROOT, command
 from plumbing.config import resolve
 from plumbing.fit import ROWS, measuring, models, row, verdict
 from plumbing.ledger import Ledger
-from plumbing.memory import ENGINE_ROOM, OUTSIDE, Measured, Model, State, nearest, plan, state
+from plumbing.memory import (
+    ENGINE_ROOM,
+    OUTSIDE,
+    PREFILL_ROOM,
+    Measured,
+    Model,
+    State,
+    nearest,
+    plan,
+    state,
+)
 from plumbing.setup import why_not
 from plumbing.shapes import SHAPES
 from plumbing.simulation import count_parameters, settings_of, shallow, simulate
@@ -84,8 +94,10 @@ def test_what_the_settings_change():
     assert of(beta=0.0).phases["update"]["reference"] == 0
     offloaded = of(cpu_offload=True)
     assert total(offloaded.phases["update"]) == 5 + OUTSIDE / GB and offloaded.host == 10 * GB
-    # 2 GB of weights; keys and values of 14,336 tokens, 2 x 2 x 10 x 1000 bytes each.
-    assert of(gpu_memory_utilization=0.1).missing == 2 * GB + 14_336 * 40_000 + ENGINE_ROOM - 4 * GB
+    # 2 GB of weights; keys and values of 14,336 tokens, 2 x 2 x 10 x 1000 bytes each; a prefill of
+    # 6,144 tokens, the longest prompt and response.
+    needed = 2 * GB + 14_336 * 40_000 + ENGINE_ROOM + 6144 * PREFILL_ROOM
+    assert of(gpu_memory_utilization=0.1).missing == needed - 4 * GB
 
 
 def test_an_adapter_costs_its_base_and_little_more():
@@ -230,13 +242,14 @@ def test_a_run_that_does_not_fit_is_stopped_with_a_sentence(folder, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_one_card_of_24_gib_has_2_gb_to_spare_with_lora():
-    cfg, memory = config(card="24gb"), 24 * 2**30
-    settings = SHAPES["qwen2.5-vl-3b"]
-    model = models(settings)(cfg)
-    made = plan(model, cfg, 1, memory, measuring(settings, 1))
-    assert made.fits and made.level == 2 and 2.9e7 < model.trained < 3.0e7
-    assert max(sum(parts.values()) for parts in made.phases.values()) < memory - 2 * GB
+def test_one_card_of_24_gb_has_2_gb_to_spare_with_lora():
+    cfg, settings = config(card="24gb"), SHAPES["qwen2.5-vl-3b"]
+    model, measure = models(settings)(cfg), measuring(settings, 1)
+    assert 2.9e7 < model.trained < 3.0e7
+    for memory in (23.7 * GB, 25.4 * GB):  # what an L4 reports, and what a 4090 does
+        made = plan(model, cfg, 1, memory, measure)
+        assert made.fits and made.level == 2
+        assert max(made.totals.values()) < memory - 2 * GB
 
 
 @pytest.mark.slow
