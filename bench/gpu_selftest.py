@@ -34,7 +34,7 @@ from plumbing.checkpoint import Progress
 from plumbing.common import first_line, write_atomically
 from plumbing.config import resolve
 from plumbing.engine import SYNC_TOLERANCE, check_sync
-from plumbing.memory import OUTSIDE
+from plumbing.memory import ENGINE_ROOM, OUTSIDE
 from plumbing.policy import response_logprobs
 from plumbing.processes import device_memory, gathered, grow_segments
 from plumbing.report import read_metrics
@@ -159,10 +159,14 @@ class SelfTest:
         """How far are sampler and trainer apart, on the weights as they are?"""
         parts, self.rollouts = self.parts, self.sample()
         parts.sampler.sleep()  # until the step: what comes between has gradients
-        ours = response_logprobs(parts.policy, self.prompts[:4], self.rollouts, self.device)
-        theirs = [x for r in self.rollouts for x in r.logprobs]
+        return self.from_trainer(self.rollouts)
+
+    def from_trainer(self, rollouts):
+        """How far the sampler's log-probs of these are from the trainer's."""
+        ours = response_logprobs(self.parts.policy, self.prompts[:4], rollouts, self.device)
+        theirs = [x for r in rollouts for x in r.logprobs]
         difference = torch.cat([(a - b).abs() for a, b in zip(ours, theirs)]).mean().item()
-        return {"nats a token": (difference, SYNC_TOLERANCE[parts.cfg.dtype])}
+        return {"nats a token": (difference, SYNC_TOLERANCE[self.parts.cfg.dtype])}
 
     def scored(self, prompts, groups, weights):
         """Log-probs of all tokens, (tokens,), and the gradients of their sum by these weights."""
@@ -299,12 +303,14 @@ class SelfTest:
         sampler.sleep()
         asleep = torch.cuda.mem_get_info()[0]
         sampler.sync(self.parts.policy)
-        self.sample()
+        rollouts = self.sample()
         woken = torch.cuda.mem_get_info()[0]
         gb = {"free awake": awake, "free asleep": asleep, "free woken": woken}
         said = {f"{name}, GB": round(value / 1e9, 2) for name, value in gb.items()}
+        # It never took the room for its largest prefill, and may keep graphs and workspaces.
         kept = cfg.gpu_memory_utilization * device_memory(self.device) - (asleep - awake)
-        return said | {"kept of its share, GB": (kept / 1e9, OUTSIDE / 1e9)}
+        said["kept of its share, GB"] = (kept / 1e9, (ENGINE_ROOM + OUTSIDE) / 1e9)
+        return said | self.from_trainer(rollouts)
 
     def resume(self):
         """A run that is killed after its first step goes on to its last one."""
