@@ -13,6 +13,7 @@ from pathlib import Path
 
 from plumbing.common import fail
 from plumbing.config import Config, check, parser, resolve
+from plumbing.console import doing, say, track
 from plumbing.memory import Model, nearest, pass_tokens, plan
 from plumbing.shapes import SHAPES
 from plumbing.simulation import count_parameters, settings_of, simulate
@@ -134,9 +135,9 @@ def main():
     p.add_argument("--memory", type=float, default=80, help="of one GPU, in GB of 10^9 bytes")
     p.add_argument("--rows", action="store_true", help="print the table of docs/gpus.md instead")
     flags = vars(p.parse_args())
-    if flags.pop("rows"):
-        for line in ROWS:
-            print(row(*line), flush=True)
+    if flags.pop("rows", False):
+        for line in track(ROWS, "planning", "rows"):
+            say(row(*line))
         return
     world, memory = flags.pop("gpus"), 1e9 * flags.pop("memory")
     flags.setdefault("sampler", "vllm")
@@ -144,7 +145,8 @@ def main():
     check(cfg, world, cuda=True)
     settings = settings_named(cfg.model)
     model_of = models(settings)
-    made, short = verdict(model_of, cfg, world, memory, measuring(settings, world))
+    with doing("simulating what each GPU has to hold", aloud=True):
+        made, short = verdict(model_of, cfg, world, memory, measuring(settings, world))
     print(
         f"{cfg.model}, {model_of(cfg).parameters / 1e9:.2f} billion parameters; {world} x "
         f"{gb(memory)} GB\n"

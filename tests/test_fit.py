@@ -242,6 +242,14 @@ def test_a_run_that_does_not_fit_is_stopped_with_a_sentence(folder, tmp_path, ca
 
 
 @pytest.mark.slow
+def test_the_command_says_that_one_card_of_24_gb_is_enough():
+    done = command("-m", "plumbing.fit", *"--card 24gb --gpus 1 --memory 24".split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| roll-out |" in done.stdout and done.stdout.endswith("it fits\n")
+    assert "passes" in done.stderr  # 18 seconds, and not in silence
+
+
+@pytest.mark.slow
 def test_one_card_of_24_gb_has_2_gb_to_spare_with_lora():
     cfg, settings = config(card="24gb"), SHAPES["qwen2.5-vl-3b"]
     model, measure = models(settings)(cfg), measuring(settings, 1)
