@@ -254,6 +254,7 @@ SETTINGS = {
     "qwen3": "--model toy-qwen3 --activation_checkpointing --tokens_per_forward 400",
     "vppo": "--algo vppo",
     "pgpo": "--credit pgpo --recompute_masked --rollout_picture noisy",
+    "compiled": "--compile",
 }
 
 
