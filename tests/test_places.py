@@ -112,6 +112,7 @@ with whole(os.environ["TAKEN_AWAY"], "a") as log:
 """
 
 
+@pytest.mark.slow
 def test_a_short_training_without_what_only_linux_has(tmp_path, folder):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_LINUX)
