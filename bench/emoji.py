@@ -31,7 +31,7 @@ from paper_on_a_laptop import ROOT
 from PIL import Image
 from side_by_side import with_interval
 
-from plumbing.common import fail
+from plumbing.common import fail, make_once
 from plumbing.config import TINY, algorithms
 from plumbing.data import IMAGE
 from plumbing.pictures import rgb
@@ -49,8 +49,9 @@ CANDIDATES, COPIES = 4, 8  # named in a chain of thought; of each drawing to lea
 def fetched(vendor, out):
     """The folder of a vendor's package, fetched with npm unless it is there."""
     name, folder = f"emoji-datasource-{vendor}", out / vendor
-    archive, making = out / f"{name}-{VERSION}.tgz", out / f"making-{vendor}"
-    if not folder.is_dir():
+    archive = out / f"{name}-{VERSION}.tgz"
+
+    def unpack(making):
         print(f"fetching {name} {VERSION}")
         packed = ["npm", "pack", "--silent", f"{name}@{VERSION}"]
         if not archive.exists() and subprocess.run(packed, cwd=out).returncode:
@@ -58,8 +59,8 @@ def fetched(vendor, out):
         with tarfile.open(archive) as tar:
             wanted = (f"package/img/{vendor}/64/", "package/emoji.json", "package/package.json")
             tar.extractall(making, [m for m in tar if m.name.startswith(wanted)], filter="data")
-        making.rename(folder)
-    return folder / "package"
+
+    return make_once(folder, unpack) / "package"
 
 
 def package_of(folder):

@@ -297,7 +297,7 @@ def claims(quick):
         {"grpo": grpo, "papo_g": papo_g},
         three if quick else SEEDS,
         better("grpo", "papo_g", 15),
-        watched=(*SIGNALS,)[:3],
+        watched=tuple(SIGNALS)[:3],
     )
     if quick:
         return [first]
@@ -328,7 +328,7 @@ def claims(quick):
             },
             three,
             collapses,
-            watched=(*SIGNALS,),
+            watched=tuple(SIGNALS),
         ),
         Claim(
             "Double entropy rescues a gamma that collapses",
@@ -377,7 +377,7 @@ def claims(quick):
             {"no reward": f"{collapse} --reward nothing --eval_every 5"},
             three,
             rise_and_fall,
-            watched=(*SIGNALS,),
+            watched=tuple(SIGNALS),
         ),
     ]
 

@@ -238,9 +238,9 @@ def main():
     if unseen:
         files[args.out.with_name(f"{args.out.stem}_unseen.parquet")] = sorted(unseen)
     for out, classes in files.items():
-        own = {row: value for row, value in rows.items() if value[0] in classes}
         near = look_alikes({name: means[name] for name in classes}, (args.options or 2) - 1)
-        found = own, {name: pools[name] for name in classes}, near
+        own = {row: value for row, value in rows.items() if value[0] in near}
+        found = own, {name: pools[name] for name in near}, near
         write(data, found, out, args)
         report(found, out, args)
 
