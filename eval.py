@@ -2,7 +2,7 @@
 
     python eval.py --model out/toy-papo_g/checkpoint-30 --data toy --n 8
     python eval.py --model M --data geo3k,mathvista      # or all nine of the paper, or a file
-    python eval.py --compare grpo.jsonl papo.jsonl       # a paired test over questions, a chart
+    python eval.py --compare grpo.jsonl papo.jsonl       # a paired test over questions
     python eval.py --rescore papo.jsonl                  # grade saved responses again
 
 Writes one JSON line a response, and goes on where it stopped when it is called again. Averages over
@@ -10,31 +10,51 @@ sets are the paper's: every set weighs the same (Table 1).
 """
 
 import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import plumbing  # noqa: F401  before torch: how its threads wait
+
 import torch
 
-from plumbing.common import Parser, fail, may_write
-from plumbing.compare import compare, rescore
-from plumbing.config import check, resolve
-from plumbing.console import Bar, doing
-from plumbing.data import encode_all
-from plumbing.engine import build_sampler
-from plumbing.grader import Grader
-from plumbing.policy import DTYPES, banned_tokens, load_processors, load_vlm
-from plumbing.responses import answered, as_lines, as_trained, by_question
-from plumbing.setup import model_folder, splits_of
-from plumbing.sources import BENCHMARKS, Rows, Selection, left_out, load
-from plumbing.summary import summarise, table
-from reward import REWARDS, boxed, score
+import toy.task  # noqa: F401  registers the data set "toy"
+from plumbing.base.common import Parser, fail, may_write
+from plumbing.base.console import Bar, doing
+from plumbing.data.prompts import Example, encode_all
+from plumbing.data.sources import (
+    BENCHMARKS,
+    DATA_SETS,
+    Rows,
+    benchmark,
+    left_out,
+    load,
+    splits_of,
+    without,
+)
+from plumbing.grading.workers import Grader
+from plumbing.models.families import TOYS
+from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
+from plumbing.report.responses import (
+    accuracy_table,
+    answered,
+    as_lines,
+    as_trained,
+    by_question,
+    summarise,
+)
+from plumbing.run.config import Config, resolve
+from plumbing.run.setup import Parts, build_sampler, model_folder
+from reward import FORMS, REWARDS, boxed, score
+from rollout import Rollout, Sampler
 
 CHUNK = 64  # questions that are sampled together
 
 
 @dataclass
-class Plan:
+class Asking:
     """How a set is asked."""
 
     n: int  # responses a question
@@ -44,7 +64,9 @@ class Plan:
     chunks: int | None = None
 
 
-def ask(examples, plan, sampler, processors, grade):
+def ask(
+    examples: list[Example], plan: Asking, sampler: Sampler, processors: tuple, grade: Callable
+) -> Iterator[list[dict]]:
     """Sample plan.n responses to each example; yield a list of records, dicts ready for JSON and
     one a response, for each CHUNK of them.
 
@@ -54,9 +76,9 @@ def ask(examples, plan, sampler, processors, grade):
     with Bar(f"evaluating {plan.name[-1]}", len(examples) * plan.n, "responses") as bar:
         for start in range(0, chunks * CHUNK, CHUNK):
             batch = examples[start : start + CHUNK]
-            prompts = encode_all(batch, *processors, plan.blind)
-            names = [(*plan.name, p.example.id) for p in prompts]
-            rollouts = sampler.generate(prompts, plan.n, names)
+            prompts = encode_all(batch, *processors, blind=plan.blind)
+            seeds = [(*plan.name, p.example.id) for p in prompts]
+            rollouts = sampler.generate(prompts, plan.n, seeds)
             done = [(p.example, r) for p, r in zip(prompts, rollouts) if r is not None]
             texts = [text for _, rollout in done for text in rollout.texts]
             scores = iter(grade(texts, [e.answer for e, _ in done for _ in range(plan.n)]))
@@ -64,7 +86,7 @@ def ask(examples, plan, sampler, processors, grade):
             bar.update(len(batch) * plan.n)
 
 
-def record(example, rollout, g, scores):
+def record(example: Example, rollout: Rollout, g: int, scores: dict) -> dict:
     """Response g of a rollout as a line of the file."""
     tags = dict(example.tags)
     if tags.get("hint_right") is False:  # of the toy: does the answer repeat a wrong hint?
@@ -81,10 +103,10 @@ def record(example, rollout, g, scores):
     }
 
 
-def evaluate_splits(parts, splits, n, name):
+def evaluate_splits(parts: Parts, splits: list[str], n: int, name: str) -> dict[str, dict]:
     """avg@n of a training run's policy, the questions shared between its processes.
 
-    parts: plumbing.setup.Parts -> {split: summary}. Collective.
+    parts: plumbing.run.setup.Parts -> {split: summary}. Collective.
     """
     cfg, processes, summaries = parts.cfg, parts.processes, {}
     grade = partial(score, grader=parts.grader, kind=cfg.reward)
@@ -93,7 +115,7 @@ def evaluate_splits(parts, splits, n, name):
         questions = min(len(data), cfg.eval_questions)
         mine = [data[i] for i in range(processes.rank, questions, processes.world)]
         chunks = math.ceil(questions / processes.world / CHUNK)
-        plan = Plan(n, (cfg.seed, name, split), chunks=chunks)
+        plan = Asking(n, (cfg.seed, name, split), chunks=chunks)
         answers = ask(mine, plan, parts.sampler, parts.processors, grade)
         records = processes.gather([r for records in answers for r in records])
         if not records:
@@ -102,7 +124,7 @@ def evaluate_splits(parts, splits, n, name):
     return summaries
 
 
-def parser():
+def eval_parser() -> Parser:
     """The command line."""
     p = Parser(__doc__)
     add = p.add_argument
@@ -121,26 +143,29 @@ def parser():
         choices=REWARDS,
         help="how answers are asked for and graded; default: as trained",
     )
-    add("--strict", action="store_true", help="stop at the first row that cannot be used")
+    add("--columns", help="of rows: problem, answer and pictures; default: as trained")
     add("--out", help="JSON lines of every response; default: eval-<data>.jsonl beside the model")
     add("--compare", nargs=2, metavar="FILE", help="compare two files of responses; no model")
     add("--rescore", metavar="FILE", help="grade a file of responses again; no model")
     return p
 
 
-def examples_of(args, cfg, processors, out, done):
+def examples_of(args: Namespace, cfg: Config, processors: tuple, out: Path, done: dict) -> dict:
     """{set: the examples that are still to be answered}; done: {set: records of those that are}"""
-    sets = {}
+    sets, asked = {}, FORMS[cfg.reward].instruction
     names = list(BENCHMARKS) if args.data == "all" else args.data.split(",")
     for name, split in [(data, split) for data in names for split in splits_of(data)]:
-        data = load(name, split, args.questions or 256, 0, cfg, args.data_root)
+        if name in BENCHMARKS:
+            data = benchmark(name, asked, args.data_root)
+        else:
+            data = load(name, split, args.questions or 256, 0, cfg, asked)
         if isinstance(data, Rows):
             faults = data.faults(*processors, cfg.max_prompt_tokens)
-            left_out(out.parent, data, faults, args.strict)
+            left_out(out.parent, data, faults)
             if name in BENCHMARKS and len(data) != BENCHMARKS[name][1]:
                 print(f"note: {name} has {len(data)} questions, {BENCHMARKS[name][1]} in the paper")
-            data = Selection(data, faults)
-        key = split if name == "toy" else name if name in BENCHMARKS else Path(name).stem
+            data = without(data, faults)
+        key = split if name in DATA_SETS else name if name in BENCHMARKS else Path(name).stem
         if key in sets:
             fail(f"two sets are called {key}; evaluate them one at a time")
         known, whole = by_question(done.get(key, [])), min(args.questions or len(data), len(data))
@@ -148,22 +173,22 @@ def examples_of(args, cfg, processors, out, done):
     return sets
 
 
-def evaluate(args):
+def evaluate(args: Namespace) -> None:
     """Answer what is still to be answered, and print the table."""
     cuda, first = torch.cuda.is_available(), args.data.split(",")[0]
-    given = {k: getattr(args, k) for k in ("max_response_tokens", "reward") if getattr(args, k)}
+    asked = ("max_response_tokens", "reward", "columns")
+    given = {k: getattr(args, k) for k in asked if getattr(args, k)}
     flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
     cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
-    check(cfg, 1, cuda)
-    folder = model_folder(args.model, cfg)
+    cfg.check(1, cuda)
+    folder = model_folder(args.model)
     processors = load_processors(folder, cfg)
     blind = "-blind" if args.blind else ""
-    out = Path(args.out or folder / f"eval-{Path(args.data).stem}{blind}.jsonl")
+    beside = Path("out") if args.model in TOYS else folder
+    out = Path(args.out or beside / f"eval-{Path(args.data).stem}{blind}.jsonl")
     settings = {k: getattr(args, k) for k in "model data n questions seed blind".split()}
-    same = (
-        "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels "
-        "hint_right reward"
-    )
+    same = "sampler temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels"
+    same += " hint_right reward"
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     may_write(out.parent)
     done = answered(out, settings)
@@ -176,7 +201,7 @@ def evaluate(args):
         sampler = build_sampler(cfg, folder, vlm, processors, banned)
     with open(out, "a") as file:
         for key, examples in sets.items():
-            plan = Plan(args.n, (args.seed, "eval", key), args.blind)
+            plan = Asking(args.n, (args.seed, "eval", key), args.blind)
             grade = partial(score, grader=grader, kind=cfg.reward)
             for records in ask(examples, plan, sampler, processors, grade):
                 records = [{"split": key, **r} for r in records]
@@ -191,7 +216,7 @@ def evaluate(args):
         f"{cfg.temperature}, top_p {cfg.top_p}, at most {cfg.max_response_tokens} tokens, seed "
         f"{args.seed}, n = {args.n}" + (", every picture black" if args.blind else "")
     )
-    print("\n".join(table({key: summarise(done[key]) for key in sets if done.get(key)})))
+    print("\n".join(accuracy_table({key: summarise(done[key]) for key in sets if done.get(key)})))
     if empty := [key for key in sets if not done.get(key)]:
         fail(f"{', '.join(empty)}: no question can be asked; the warnings above say why")
     print(f"responses: {out}")
@@ -199,9 +224,11 @@ def evaluate(args):
 
 def main():
     """Evaluate, compare or rescore, as asked."""
-    args = parser().parse_args()
+    args = eval_parser().parse_args()
+    if args.compare or args.rescore:
+        from plumbing.report.compare import compare, rescore
     if args.compare:
-        return print("\n".join(compare(*args.compare, args.out or "compare.png")))
+        return print("\n".join(compare(*args.compare)))
     if args.rescore:
         again = args.out or f"{args.rescore.removesuffix('.jsonl')}-rescored.jsonl"
         return print("\n".join(rescore(args.rescore, again, args.reward or "official")))

@@ -16,11 +16,12 @@ papo.py adds the terms up.
 """
 
 import torch
+from torch import Tensor
 
 LOG_RATIO_CLAMP = 20.0  # as released: keeps exp() from overflowing
 
 
-def policy_logits(logits, temperature=1.0, banned=None):
+def policy_logits(logits: Tensor, temperature: float = 1.0, banned: Tensor | None = None) -> Tensor:
     """The logits of the distribution that is sampled from and scored.
 
     That distribution is softmax(logits / temperature) without the banned tokens. The samplers and
@@ -33,12 +34,19 @@ def policy_logits(logits, temperature=1.0, banned=None):
     return logits if banned is None else logits.masked_fill(banned, float("-inf"))
 
 
-def token_logprobs(logits, targets):
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target under softmax(logits). logits (N, V), targets (N,) -> (N,)"""
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def clipped_surrogate(logp, old, advantage, clip_low, clip_high, dual_clip):
+def clipped_surrogate(
+    logp: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The policy term of Eq. (1), as a loss, and where it was clipped.
 
         rho = pi_theta / pi_old
@@ -59,7 +67,7 @@ def clipped_surrogate(logp, old, advantage, clip_low, clip_high, dual_clip):
     return loss, (rho > 1 + clip_high) & (advantage > 0), (rho < 1 - clip_low) & (advantage < 0)
 
 
-def importance_weight(old, sampled, cap):
+def importance_weight(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
     """Truncated importance sampling: min(pi_old / pi_sampler, cap), without a gradient.
 
     pi_old is what the trainer says of the sampled token, pi_sampler what the engine says. They are
@@ -70,7 +78,7 @@ def importance_weight(old, sampled, cap):
     return ratio.clamp(max=cap).detach()
 
 
-def k3(logp, other, clamp=10.0):
+def k3(logp: Tensor, other: Tensor, clamp: float = 10.0) -> tuple[Tensor, Tensor]:
     """Schulman's k3 estimate of KL(pi || other) from tokens that pi sampled; always >= 0.
 
         k3 = e^d - d - 1,  d = other - logp
@@ -96,7 +104,7 @@ def k3(logp, other, clamp=10.0):
     return value, at_top | (d.abs() > LOG_RATIO_CLAMP)
 
 
-def printed_kl(logp, masked, clamp=0.0):
+def printed_kl(logp: Tensor, masked: Tensor, clamp: float = 0.0) -> tuple[Tensor, Tensor]:
     """KL_prcp as the paper prints it in section 3.2: r - log r - 1, with r = pi / pi_mask.
 
     The released code computes k3(logp, masked) = 1/r + log r - 1 instead. The printed form is k3
@@ -108,11 +116,11 @@ def printed_kl(logp, masked, clamp=0.0):
 
 
 # What --perception can estimate from sampled tokens: f(logp, masked, clamp) -> (value, clamped).
-# The other choice, exact_kl below, needs whole distributions, so plumbing/policy.py calls it.
+# The other choice, exact_kl below, needs whole distributions, so policy.py calls it.
 PERCEPTION = {"k3": k3, "printed": printed_kl}
 
 
-def exact_kl(dist, other, clamp=0.0):
+def exact_kl(dist: Tensor, other: Tensor, clamp: float = 0.0) -> tuple[Tensor, Tensor]:
     """KL(pi || other) = sum_v pi(v) (log pi(v) - log other(v)) over the whole vocabulary.
 
     No sampling noise, and its gradient is that of the KL itself; k3 only has the right mean.
@@ -125,14 +133,14 @@ def exact_kl(dist, other, clamp=0.0):
     return _clamp((dist.exp() * ratio).sum(-1), clamp)
 
 
-def _clamp(value, clamp):
+def _clamp(value: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
     """Cap a KL at `clamp` nats (0: no cap), beyond which it has no gradient -> (value, capped)"""
     if not clamp:
         return value, torch.zeros_like(value, dtype=torch.bool)
     return value.clamp(max=clamp), value > clamp
 
 
-def sampled_entropy(logp):
+def sampled_entropy(logp: Tensor) -> Tensor:
     """The "entropy" of the released code: -log pi of the sampled token, whose mean estimates H.
 
     Its expected gradient is zero while the tokens come from pi itself. exact_entropy has the
@@ -141,11 +149,11 @@ def sampled_entropy(logp):
     return -logp
 
 
-def exact_entropy(dist):
+def exact_entropy(dist: Tensor) -> Tensor:
     """H[pi] = -sum_v pi(v) log pi(v). dist (..., V) log-probs, -inf for banned tokens -> (...)"""
     return -(dist.exp() * dist.masked_fill(dist == float("-inf"), 0.0)).sum(-1)
 
 
-def scored_sum(x, scored):
+def scored_sum(x: Tensor, scored: Tensor) -> Tensor:
     """The sum of x over the tokens that count. Padding may hold anything, infinities included."""
     return torch.where(scored, x, 0.0).sum()

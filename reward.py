@@ -4,30 +4,31 @@
     \\boxed{ 1 }                                       truth 1: accuracy 1, format 0
     <think> I see two. </think> \\boxed{ 2 }           truth 1: accuracy 0, format 1
 
-plumbing/answers.py decides when two answers are equal, and plumbing/grader.py limits how long that
-may take. A reward rule is one function below under @rule("name"), and --reward offers every name.
-With it goes the form in which an answer is asked for and looked for, BOXED or TAGGED.
+plumbing/grading/ decides when two answers are equal, in processes that it can kill. A reward rule
+is one function below under @rule("name"), and --reward offers every name. With it goes the form in
+which an answer is asked for and looked for, BOXED or TAGGED.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
+from plumbing.base.common import register
+from plumbing.grading.workers import Grader
 
-from plumbing.common import register
-from plumbing.grader import Grader
-
-REWARDS = {}  # what --reward can be
-FORMS = {}  # the form of each
+REWARDS: dict[str, Callable] = {}  # what --reward can be
 
 
 class Form(NamedTuple):
     """How an answer is given."""
 
     instruction: str  # stands behind every problem of a data set
-    answer: object  # f(response) -> the answer as it stands there, or None
-    well_formed: object  # f(response) -> bool
+    answer: Callable  # f(response) -> the answer as it stands there, or None
+    well_formed: Callable  # f(response) -> bool
     named: bool = False  # has the answer to be the truth's own words, or only its value?
+
+
+FORMS: dict[str, Form] = {}  # the form of each of REWARDS
 
 
 class Graded(NamedTuple):
@@ -39,7 +40,9 @@ class Graded(NamedTuple):
     format: float
 
 
-def score(responses, truths, grader, kind="official"):
+def score(
+    responses: list[str], truths: list[str], grader: Grader, kind: str = "official"
+) -> list[dict[str, float]]:
     """Grade responses, each once -> a list of {"overall", "format", "accuracy"}
 
     responses, truths: lists of equally many strings; kind: a name in REWARDS. Answers that have to
@@ -57,7 +60,9 @@ def score(responses, truths, grader, kind="official"):
     return scores
 
 
-def compute_score(response, truth, grader=None, kind="official"):
+def compute_score(
+    response: str, truth: str, grader: Grader | None = None, kind: str = "official"
+) -> dict[str, float]:
     """`score` for one response. Without a grader it makes one for this call."""
     if grader is not None:
         return score([response], [truth], grader, kind)[0]
@@ -68,17 +73,7 @@ def compute_score(response, truth, grader=None, kind="official"):
         grader.close()
 
 
-def overlong_penalty(lengths, limit, buffer):
-    """DAPO's soft punishment of long responses (arXiv 2503.14476, Eq. 13), added to the reward.
-
-    0 up to limit - buffer tokens, then falling in a straight line to -1 at the limit.
-    lengths (...) -> (...) float; a buffer of 0 turns it off.
-    """
-    over = lengths.float() - (limit - buffer)
-    return -(over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
-
-
-def boxed(text):
+def boxed(text: str) -> str | None:
     """The content of the last \\boxed{...} with balanced braces, stripped; None without one. As in
     LaTeX, \\{ and \\} are signs, and do not count as braces."""
     start, depth = text.rfind("\\boxed{"), 0
@@ -89,7 +84,7 @@ def boxed(text):
     return None
 
 
-def well_formed(response):
+def well_formed(response: str) -> bool:
     """Does the response match <think>.*</think>.*\\boxed{.*}.* from its first character?
 
     This is what the released regular expression finds once the spaces around < > / are stripped. On
@@ -103,13 +98,13 @@ def well_formed(response):
     return whole
 
 
-def tagged(text):
+def tagged(text: str) -> str | None:
     """What stands in the last <answer>...</answer>, stripped; None without one."""
     found = re.findall(r"<answer>([^<]*)</answer>", text)
     return found[-1].strip() if found else None
 
 
-def well_tagged(response):
+def well_tagged(response: str) -> bool:
     """Is the response <think>...</think> and <answer>...</answer>, with nothing around them?"""
     thought, closed, said = response.strip().partition("</think>")
     return bool(
@@ -119,7 +114,7 @@ def well_tagged(response):
     )
 
 
-def same_name(answer, truth):
+def same_name(answer: str | None, truth: str) -> bool:
     """Are these the same words? Upper case, white space, _ for a space and a full stop at the end
     make no difference. A name is not calculated with: 747-100 is not 647. answer: a text or None"""
     said, name = (" ".join((x or "").replace("_", " ").split()).casefold() for x in (answer, truth))
@@ -135,7 +130,7 @@ BOXED = Form(
     boxed,
     well_formed,
 )
-# Fine-R1's (arXiv 2602.07605).
+# The same with tags in the place of a box, for answers that are names.
 TAGGED = Form(
     "\n\nThink before you answer: write your reasoning as an inner monologue between <think> and "
     "</think>, then give the final answer between <answer> and </answer>.",
@@ -145,7 +140,7 @@ TAGGED = Form(
 )
 
 
-def rule(name, form=BOXED):
+def rule(name: str, form: Form = BOXED) -> Callable:
     """Register a reward rule: f(Graded) -> overall reward, a float"""
 
     def enter(function):
@@ -156,19 +151,18 @@ def rule(name, form=BOXED):
 
 
 @rule("official")
-def official(graded):
+def official(graded: Graded) -> float:
     """The released code's reward (examples/reward_function/math.py)."""
     return 0.9 * graded.accuracy + 0.1 * graded.format
 
 
 @rule("paper")
-def paper(graded):
+def paper(graded: Graded) -> float:
     """The paper's reward: R in {0, 1} (section 2.1)."""
     return graded.accuracy
 
 
 @rule("tagged", TAGGED)
-def class_name(graded):
-    """Fine-R1's reward for a class in tags, but that the whole answer has to be its name: the
-    released rule looks for it anywhere in the answer, so a list of all classes is always right."""
+def class_name(graded: Graded) -> float:
+    """For the name of a class in tags; the whole answer has to be that name."""
     return official(graded)

@@ -1,27 +1,36 @@
-"""What a rollout is, and how transformers makes one. (plumbing/engine.py makes one with vLLM.)
+"""What a rollout is, and how transformers makes one. (plumbing/run/engine.py makes one with vLLM.)
 
 A rollout is G sampled responses to one prompt. Each response is exactly the tokens that were
 sampled, the end-of-sequence token (EOS) included when it was sampled. The trainer goes by these
 lists, and never searches token ids for an EOS.
 
 Every sampler reports the log-probability of each sampled token under loss.policy_logits, that is,
-with the temperature, without the banned tokens (those that stand for pictures), and before a
-nucleus is cut out. The trainer scores the same
-distribution, so what is left between sampler and trainer is numerical, and it is logged.
+with the temperature, without the banned tokens (those that stand for pictures or that no token
+owns), and before a nucleus is cut out. The trainer scores the same distribution, so what is left
+between sampler and trainer is numerical, and it is logged.
 
-Every random draw is seeded by a name, (seed, "sample", step, position of the prompt). So a sample
+Every random draw is seeded by a tuple, (seed, "sample", step, position of the prompt). So a sample
 does not depend on the number of processes, nor, but for rounding, on which prompts share its batch.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from loss import policy_logits
-from plumbing.common import generator
-from plumbing.console import Bar, say
-from plumbing.families import family_of
-from plumbing.policy import full_parameters
+from plumbing.base.common import generator
+from plumbing.base.console import Bar, say
+from plumbing.data.prompts import Prompt
+from plumbing.models.families import family_of
+from plumbing.models.weights import full_parameters
+
+if TYPE_CHECKING:
+    from plumbing.run.config import Config
+    from policy import Policy
 
 
 @dataclass
@@ -34,31 +43,57 @@ class Rollout:
     texts: list  # decoded, special tokens left out, from the <think> that the prompt may end with
 
 
+@dataclass
+class Group:
+    """G responses to one prompt with their scores: what an advantage is formed in, and what shares
+    a packed row."""
+
+    position: int  # in the stream of training prompts; seeds every random draw of the prompt
+    prompt_tokens: int
+    rollout: Rollout
+    scores: list  # G dicts: overall, format, accuracy
+    advantages: Tensor  # (G,)
+    second: bool = False  # is it scored on the prompt's second one (plumbing/run/hooks.py)?
+
+    def values(self, name: str) -> Tensor:  # (G,)
+        return torch.tensor([s[name] for s in self.scores])
+
+    @property
+    def rewards(self) -> Tensor:  # (G,)
+        return self.values("overall")
+
+    @property
+    def lengths(self) -> list[int]:  # of the responses, in tokens
+        return [len(t) for t in self.rollout.tokens]
+
+
 class Sampler:
     """What all samplers share. A sampler of one's own writes `_generate` and `sync`."""
 
-    def __init__(self, tok, banned, cfg):
+    def __init__(self, tok, banned: Tensor, cfg: Config):
         self.tok, self.banned, self.cfg = tok, banned, cfg
 
-    def generate(self, prompts, n, names, limit=None):
+    def generate(
+        self, prompts: list[Prompt], n: int, seeds: list[tuple], limit: int | None = None
+    ) -> list[Rollout | None]:
         """n responses of at most `limit` tokens to each prompt; default: max_response_tokens.
 
-        names[i]: the tuple that seeds prompt i's draw -> [Rollout, or None where the
+        seeds[i]: the tuple that seeds prompt i's draw -> [Rollout, or None where the
         prompt was refused: it is named on the console, and ends nothing]
         """
         longest = self.cfg.max_prompt_tokens
         fits = [i for i, p in enumerate(prompts) if len(p.ids) <= longest]
         for p in (p for p in prompts if len(p.ids) > longest):
             refuse(p, f"{len(p.ids)} prompt tokens are more than --max_prompt_tokens {longest}")
-        chosen, named = [prompts[i] for i in fits], [names[i] for i in fits]
-        done = self._generate(chosen, n, named, limit or self.cfg.max_response_tokens)
+        chosen, seeds = [prompts[i] for i in fits], [seeds[i] for i in fits]
+        done = self._generate(chosen, n, seeds, limit or self.cfg.max_response_tokens)
         for prompt, rollout in zip(chosen, done):
             if rollout is not None:
                 rollout.texts = [prompt.opening + text for text in rollout.texts]
         rollouts = dict(zip(fits, done))
         return [rollouts.get(i) for i in range(len(prompts))]
 
-    def _generate(self, prompts, n, names, limit):
+    def _generate(self, prompts, n, seeds, limit):
         """-> [Rollout or None], one a prompt"""
         raise NotImplementedError
 
@@ -68,20 +103,20 @@ class Sampler:
         texts = self.tok.batch_decode(tokens, skip_special_tokens=True)
         return Rollout(tokens, logprobs, finished, texts)
 
-    def sync(self, policy):
+    def sync(self, policy: Policy) -> None:
         """The policy's weights into the sampler; collective."""
         raise NotImplementedError
 
-    def sleep(self):
+    def sleep(self) -> None:
         """Give memory back to the trainer until the next sync."""
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the engine, where there is one."""
 
 
-def refuse(prompt, why):
+def refuse(prompt: Prompt, why: str) -> None:
     """Say on the console which prompt is left out, and why."""
-    say(f"warning: example {prompt.example.id} is left out: {why}", here=True)
+    say(f"warning: example {prompt.example.id} is left out: {why}", every_rank=True)
 
 
 class TransformersSampler(Sampler):
@@ -92,12 +127,12 @@ class TransformersSampler(Sampler):
     refreshes. A token is chosen by inverse-CDF sampling, with a uniform number drawn up front.
     """
 
-    def __init__(self, vlm, tok, banned, cfg, rows=256):
+    def __init__(self, vlm, tok, banned: Tensor, cfg: Config, rows: int = 256):
         super().__init__(tok, banned.to(vlm.device), cfg)
         self.vlm, self.rows = vlm, rows
 
     @torch.no_grad()
-    def sync(self, policy):
+    def sync(self, policy: Policy) -> None:
         if policy.vlm is self.vlm:
             return
         mine = dict(self.vlm.named_parameters())
@@ -105,11 +140,11 @@ class TransformersSampler(Sampler):
             mine[name].copy_(p)
 
     @torch.no_grad()
-    def _generate(self, prompts, n, names, limit):
+    def _generate(self, prompts, n, seeds, limit):
         size, rollouts = max(1, self.rows // n), []
         with Bar("sampling", len(prompts) * n, "responses") as bar:
             for i in range(0, len(prompts), size):
-                rollouts += self._batch(prompts[i : i + size], n, names[i : i + size], limit, bar)
+                rollouts += self._batch(prompts[i : i + size], n, seeds[i : i + size], limit, bar)
         return rollouts
 
     def _prefill(self, prompts):
@@ -137,9 +172,9 @@ class TransformersSampler(Sampler):
         first = positions.amax((0, 2)).to(device) + 1
         return out.past_key_values, out.logits[:, -1], first, attend.to(device)
 
-    def _batch(self, prompts, n, names, limit, bar):
+    def _batch(self, prompts, n, seeds, limit, bar):
         rows, device = len(prompts) * n, self.vlm.device
-        draws = [torch.rand(n, limit, generator=generator(*x), dtype=torch.float64) for x in names]
+        draws = [torch.rand(n, limit, generator=generator(*x), dtype=torch.float64) for x in seeds]
         uniform = torch.cat(draws).to(device)  # (rows, limit)
         cache, logits, position, attend = self._prefill(prompts)
         cache.batch_repeat_interleave(n)
@@ -183,7 +218,7 @@ class TransformersSampler(Sampler):
         return [self._rollout(tokens[i : i + n], logprobs[i : i + n]) for i in starts]
 
 
-def nucleus(p, top_p):
+def nucleus(p: Tensor, top_p: float) -> Tensor:
     """The likeliest tokens that cover top_p, renormalised: (rows, V) -> (rows, V)
 
     Of the probabilities .5 .3 .15 .05, top_p = .7 keeps the first two, as .625 and .375.

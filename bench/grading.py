@@ -1,15 +1,17 @@
 """How often each grader is right on the hand-written table.
 
+    pip install mathruler==0.1.0 pylatexenc==2.11 math-verify==0.9.0
     python bench/grading.py [results/grading.md]
 
-Prints every case of tests/grading_table.py with the verdict of mathruler (the released grader), of
-reward.py, and of math-verify where it is installed; writes the counts and the cases where they
-differ as markdown. Last, the time that 2,000 responses take.
+Grades every case of tests/grading_table.py with reward.py's grader, and with mathruler (the
+released one) and math-verify where installed; writes counts and the cases where they differ.
 """
 
+import argparse
 import random
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,36 +19,39 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from grading_table import TABLE  # noqa: E402
-from mathruler.grader import grade_answer  # noqa: E402
 
-from plumbing.grader import Grader  # noqa: E402
+from plumbing.grading.workers import Grader  # noqa: E402
 from reward import compute_score  # noqa: E402
 
 
-def mathruler(given, truth):
+def installed_graders():
+    """{name: f(given, truth)} of the other graders, as far as they are installed."""
+    graders = {}
+    with suppress(ImportError):
+        from mathruler.grader import grade_answer
+
+        graders["mathruler"] = grade_answer
+    with suppress(ImportError):
+        from math_verify import parse, verify
+
+        def math_verify(given, truth):
+            gold = parse(f"${truth}$" if "$" not in truth else truth)
+            return gold and verify(gold, parse(f"\\boxed{{{given}}}"))
+
+        graders["math-verify"] = math_verify
+    return graders
+
+
+def verdict_of(grade, given, truth):
+    """-> bool; a grader that fails has said no."""
     try:
-        return bool(grade_answer(given, truth))
+        return bool(grade(given, truth))
     except Exception:
         return False
 
 
-def math_verify():
-    """math-verify as a function like the others; None where it is not installed."""
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return None
-
-    def grade(given, truth):
-        gold = parse(f"${truth}$" if "$" not in truth else truth)
-        return bool(gold) and bool(verify(gold, parse(f"\\boxed{{{given}}}")))
-
-    return grade
-
-
-def responses(n, seed=0):
-    """n responses like a batch's: eight to a question, half of them right, numbers, formulas,
-    choices and words mixed."""
+def sample_responses(n, seed=0):
+    """n responses like a batch's: eight to a question, half of them right, all kinds mixed."""
     rng, out = random.Random(seed), []
     for q in range(n // 8):
         k = rng.randrange(2, 99)
@@ -71,7 +76,7 @@ def responses(n, seed=0):
 
 def timed(n=2000):
     """Seconds for n ordinary responses, one after another, the workers' start included."""
-    batch, grader, start = responses(n), Grader(), time.monotonic()
+    batch, grader, start = sample_responses(n), Grader(), time.monotonic()
     scores = [compute_score(response, truth, grader) for response, truth in batch]
     seconds = time.monotonic() - start
     grader.close()
@@ -79,55 +84,41 @@ def timed(n=2000):
 
 
 def main(path):
-    grader, verify = Grader(), math_verify()
-    graders = {"mathruler": mathruler, "reward.py": grader.equal}
-    graders |= {"math-verify": verify} if verify else {}
-    rows = [
-        (given, truth, right, why, {name: grade(given, truth) for name, grade in graders.items()})
-        for given, truth, right, why in TABLE
-    ]
+    grader, others = Grader(), installed_graders()
+    graders = others | {"reward.py": grader.equal}
+    said = {name: [verdict_of(f, *case[:2]) for case in TABLE] for name, f in graders.items()}
     grader.close()
-    for given, truth, right, why, said in rows:
-        marks = "  ".join(
-            f"{name} {'yes' if yes else 'no':3}{' ' if yes == right else '!'}"
-            for name, yes in said.items()
-        )
-        print(f"{given:45} {truth:40} {'yes' if right else 'no':4} {marks}  {why}")
+    right = [case[2] for case in TABLE]
     lines = [
         "# Graders on the hand-written table",
         "",
-        f"`python bench/grading.py` on the {len(rows)} cases of `tests/grading_table.py`.",
+        f"`python bench/grading.py` on the {len(TABLE)} cases of `tests/grading_table.jsonl`.",
         "",
         "| grader | right | takes wrong for right | takes right for wrong |",
         "|---|---|---|---|",
     ]
-    for name in graders:
-        too_kind, too_strict = (
-            sum(said[name] is not right and right is r for _, _, right, _, said in rows)
-            for r in (False, True)
-        )
-        which = name if name == "reward.py" else f"{name} {version(name)}"
-        good = f"{len(rows) - too_kind - too_strict} of {len(rows)}"
+    for name, verdicts in said.items():
+        too_kind = sum(yes and not r for yes, r in zip(verdicts, right))
+        too_strict = sum(r and not yes for yes, r in zip(verdicts, right))
+        which = f"{name} {version(name)}" if name in others else name
+        good = f"{len(TABLE) - too_kind - too_strict} of {len(TABLE)}"
         lines.append(f"| {which} | {good} | {too_kind} | {too_strict} |")
-    worse = sum(said["mathruler"] == right != said["reward.py"] for _, _, right, _, said in rows)
-    differ = [row for row in rows if len(set(row[4].values())) > 1]
-    lines += [
-        "",
-        f"Cases where mathruler is right and reward.py is not: {worse}. The graders differ on the "
-        f"{len(differ)} cases below, and agree on the other {len(rows) - len(differ)}.",
-        "",
-        f"| answer | truth | is it right | {' | '.join(graders)} | why |",
-        "|---|---|---|" + "---|" * len(graders) + "---|",
-    ]
-    for given, truth, right, why, said in differ:
+    rows = [row for row in zip(TABLE, *said.values()) if len(set(row[1:])) > 1]
+    lines += ["", f"They differ on the {len(rows)} cases below, and agree on the others.", ""]
+    lines += [f"| answer | truth | is it right | {' | '.join(said)} | why |"]
+    lines += [f"{'|---' * (4 + len(said))}|"]
+    for (given, truth, wanted, why), *verdicts in rows:
         a, b = (f"`{x}`".replace("|", "\\|") for x in (given, truth))
-        verdicts = " | ".join("yes" if yes else "no" for yes in (right, *said.values()))
-        lines.append(f"| {a} | {b} | {verdicts} | {why} |")
+        answers = " | ".join("yes" if yes else "no" for yes in (wanted, *verdicts))
+        lines.append(f"| {a} | {b} | {answers} | {why} |")
     Path(path).write_text("\n".join(lines) + "\n")
-    print(*lines[4 : 7 + len(graders)], f"mathruler right, reward.py wrong: {worse}", sep="\n")
+    print(*lines[4 : 6 + len(said)], sep="\n")
     seconds, accuracy, timeouts = timed()
     print(f"2,000 responses: {seconds:.1f} s, accuracy {accuracy:.3f}, {timeouts} time-outs")
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [ROOT / "results" / "grading.md"]))
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    page = ROOT / "results" / "grading.md"
+    p.add_argument("page", nargs="?", type=Path, default=page, help="what is written")
+    main(p.parse_args().page)

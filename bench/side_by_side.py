@@ -1,28 +1,23 @@
 """What the second picture can be used for, side by side on the toy: the same budget, five seeds.
 
-    python bench/side_by_side.py            # train what is missing; a run is 3 to 5 minutes
     python bench/side_by_side.py --judge    # train nothing; write the table of what there is
     python bench/side_by_side.py --pace     # time the methods in turn, on a quiet machine; minutes
+    python bench/side_by_side.py            # train what is missing; a run is 3 to 5 minutes
 
-Runs are those of paper_on_a_laptop.py: the command train.py with one thread, two runs at a time,
-kept in the same folder and gone on with after an interruption. What its results file holds already
-is taken over: the same flags are the same run. Every method is compared with the algorithm that its
-paper builds on, by the rule there. Writes results/side_by_side.json and results/side_by_side.md.
+Runs are those of paper_on_a_laptop.py, which are taken over. Every method is compared with the
+algorithm that its paper builds on, by the rule there. Writes results/side_by_side.json and .md.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from paper_on_a_laptop import NAME as LAPTOP
-from paper_on_a_laptop import ROOT, SEEDS, Runs, interval, markdown, verdict
+from paper_on_a_laptop import RENAMED, ROOT, SEEDS, Runs, command, interval, markdown, verdict
 
-from plumbing.report import read_metrics
+from plumbing.report.record import read_metrics
 
 NAME = "side_by_side"
 # (label, algorithm, what it builds on, what it uses the second picture as)
@@ -45,9 +40,9 @@ HEADS = (
 ).split(", ")
 
 
-def job(algo, seed):
-    """A run, as paper_on_a_laptop.py names it."""
-    return f"--algo {algo}", seed
+def flags_of(algo):
+    """What its runs are known by: some algorithms of the results are programs today."""
+    return RENAMED.get(f"--algo {algo}", f"--algo {algo}")
 
 
 def with_interval(values):
@@ -57,37 +52,28 @@ def with_interval(values):
 
 
 def row(label, algo, base, use, runs, pace):
-    """One method's line of the table, over the seeds that there are -> cells, [] without any
-
-    pace: {algorithm: seconds a step}
-    """
-    seeds = [seed for seed in SEEDS if job(algo, seed) in runs.done]
+    """One method's line of the table, over the seeds that there are -> cells, [] without any"""
+    flags, base = flags_of(algo), flags_of(base)
+    seeds = [seed for seed in SEEDS if (flags, seed) in runs.done]
     if not seeds:
         return []
-    flags = f"--algo {algo}"
     columns = [("vision", "accuracy"), ("general", "accuracy"), ("vision", "followed")]
     cells = [with_interval(runs.after(flags, seeds, *column)) for column in columns]
-    both = [seed for seed in seeds if job(base, seed) in runs.done]
-    against = ("", "")
-    if both:
-        pair = (runs.after(f"--algo {a}", both) for a in (base, algo))
-        against = verdict([y - x for x, y in zip(*pair)])
+    both = [seed for seed in seeds if (base, seed) in runs.done]
+    pair = (runs.after(f, both) for f in (base, flags))
+    against = verdict([y - x for x, y in zip(*pair)]) if both else ("", "")
     time = f"{pace[algo] / pace['grpo']:.1f}" if pace else ""
-    cells += [against[1], against[0], time, str(len(seeds))]
-    return [label, f"`train.py {flags}`", use, *cells]
+    return [label, f"`{command(flags)}`", use, *cells, *against[::-1], time, str(len(seeds))]
 
 
-def paces(folder, rounds=2, steps=3):
+def paces(folder):
     """{algorithm: seconds a step}, the median of short runs in turn; the first step warms up."""
-    seconds = {algo: [] for _, algo, _, _ in METHODS}
-    for r in range(rounds):
+    runs, seconds = Runs(folder), {algo: [] for _, algo, _, _ in METHODS}
+    for r in range(2):
         for algo, times in seconds.items():
-            out = folder / f"{algo}-{r}"
-            flags = f"--algo {algo} --steps {steps} --sampler hf --eval_every 0 --eval_questions 2"
-            command = [sys.executable, ROOT / "train.py", *flags.split(), "--out", out]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
-            times += [m["seconds"] for m in read_metrics(out)[1:]]
+            job = f"{flags_of(algo)} --steps 3 --eval_every 0 --eval_questions 2", r
+            runs.run(job)
+            times += [m["seconds"] for m in read_metrics(runs.path(*job))[1:]]
     return {algo: round(statistics.median(times), 3) for algo, times in seconds.items()}
 
 
@@ -100,19 +86,18 @@ def page(runs, pace=None):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--judge", action="store_true", help="train nothing: write the table again")
-    p.add_argument("--work", default=ROOT / "out" / "laptop", help="where the runs are kept")
     p.add_argument("--out", default=ROOT / "results", type=Path, help="where results are written")
     p.add_argument("--pace", action="store_true", help="train nothing: time the methods again")
     args = p.parse_args()
-    runs, file = Runs(args.work), args.out / f"{NAME}.json"
+    runs, file = Runs(ROOT / "out" / "laptop"), args.out / f"{NAME}.json"
     pace = json.loads(file.read_text()).get("pace") if file.exists() else None
-    wanted = [job(algo, seed) for seed in SEEDS for _, algo, _, _ in METHODS]
-    for known in (ROOT / "results" / f"{LAPTOP}.json", file):
-        runs.load(known)
-    runs.done = {j: runs.done[j] for j in wanted if j in runs.done}
+    wanted = [(flags_of(algo), seed) for seed in SEEDS for _, algo, _, _ in METHODS]
+    runs.load(ROOT / "results" / f"{LAPTOP}.json")
+    runs.load(file)
+    runs.done = {job: runs.done[job] for job in wanted if job in runs.done}
     if args.pace:
         with TemporaryDirectory() as folder:
-            pace = paces(Path(folder))
+            pace = paces(folder)
     elif not args.judge:
         runs.train(wanted, file)
     text = page(runs, pace)

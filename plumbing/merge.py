@@ -1,4 +1,4 @@
-"""Make a whole model folder of a checkpoint that holds an adapter (plumbing/lora.py).
+"""Make a whole model folder of a checkpoint that holds an adapter (plumbing/models/lora.py).
 
     python -m plumbing.merge out/qwen2.5-vl-3b-papo_g/checkpoint-202
 
@@ -7,59 +7,40 @@ W + (alpha / r) B A for W, in float32, for eval.py, train.py, transformers and v
 """
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from plumbing.common import Parser, fail, first_line
-from plumbing.lora import CONFIG, PREFIX, WEIGHTS, add_adapters, of_adapter
-from plumbing.policy import Policy, find_model, load_vlm, save_hf
-
-PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+from plumbing.base.common import Parser, fail, first_line, make_once
+from plumbing.models.lora import CONFIG, PREFIX, WEIGHTS, add_adapters, of_adapter
+from plumbing.models.weights import find_model, load_vlm, save_hf
+from policy import Policy
 
 
 def load_adapter(folder):
-    """A folder with an adapter -> (Policy of its base model with the adapter, the base's folder).
-
-    Ends with a sentence if the adapter is none of this project's, or of another model.
-    """
+    """A folder with an adapter -> (Policy of its base model with it, the base's folder). Ends with
+    a sentence if the adapter is not plain LoRA of the decoder, or of another model."""
     from safetensors.torch import load_file
 
-    if not (folder / CONFIG).exists():
-        fail(f"{folder} holds no adapter: there is no {CONFIG}")
     try:
         about = json.loads((folder / CONFIG).read_text())
         name, rank, alpha = (about[k] for k in ("base_model_name_or_path", "r", "lora_alpha"))
     except (OSError, ValueError, KeyError) as error:
         fail(f"{folder / CONFIG} does not say what to merge ({first_line(error)})")
-    if other := [setting for setting in PLAIN if about.get(setting)]:
+    others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    if other := [setting for setting in others if about.get(setting)]:
         fail(f"{folder / CONFIG}: {other[0]} is not plain LoRA; merge it with peft")
     base = find_model(name)
-    kind = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, seed=0)
-    vlm = add_adapters(load_vlm(base), kind)
+    vlm = add_adapters(load_vlm(base), SimpleNamespace(lora_rank=rank, lora_alpha=alpha, seed=0))
     try:
-        weights = load_file(folder / WEIGHTS)
-        named = {name.removeprefix(PREFIX): w for name, w in weights.items()}
+        named = {n.removeprefix(PREFIX): w for n, w in load_file(folder / WEIGHTS).items()}
         found = vlm.load_state_dict(named, strict=False)
     except (OSError, RuntimeError, ValueError) as error:  # no file, no safetensors, other shapes
         fail(f"{folder / WEIGHTS} does not fit {base} ({first_line(error)})")
     if wrong := found.unexpected_keys + [*filter(of_adapter, found.missing_keys)]:
         fail(f"{folder / WEIGHTS} has other adapters than {base}; the first is {wrong[0]}")
     return Policy(vlm, torch.zeros(0, dtype=torch.bool)), base
-
-
-def merge(folder, out):
-    """The base model with the folder's adapter merged into it, as a whole model folder."""
-    if out.exists():
-        fail(f"{out} exists already; name another folder")
-    policy, base = load_adapter(folder)
-    making = out.with_name(f".making-{out.name}")
-    shutil.rmtree(making, ignore_errors=True)  # of a merge that was stopped
-    making.mkdir(parents=True)
-    save_hf(policy, making, base, first=True)
-    making.rename(out)
 
 
 def main():
@@ -69,7 +50,10 @@ def main():
     p.add_argument("out", type=Path, nargs="?", help="default: <checkpoint>-merged")
     args = p.parse_args()
     out = args.out or args.checkpoint.with_name(f"{args.checkpoint.name}-merged")
-    merge(args.checkpoint, out)
+    if out.exists():
+        fail(f"{out} exists already; name another folder")
+    policy, base = load_adapter(args.checkpoint)
+    make_once(out, lambda folder: save_hf(policy, folder, base, first=True))
     print(f"written: {out}")
 
 

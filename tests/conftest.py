@@ -1,6 +1,10 @@
-"""Shared by all tests: the real toy policy after a short warm start, and the command line as a user
-runs it."""
+"""Shared by all tests: the toy's policy as it is committed, and the commands as a user calls them,
+in this process or in one of their own."""
 
+import contextlib
+import copy
+import io
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +12,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
+# Before torch is imported, here and in every child: these tensors are too small to be shared out,
+# and threads that wait for work must not take the cores from whoever has some.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # `datasets` keeps a copy of every file it reads; those of the tests go when the tests end.
 COPIES = tempfile.TemporaryDirectory(prefix="papo-tests-")
 os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and for every process
@@ -17,17 +24,22 @@ os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.config import resolve  # noqa: E402
-from plumbing.data import encode  # noqa: E402
-from plumbing.families import TOYS  # noqa: E402
-from plumbing.policy import Policy, banned_tokens, load_processors, load_vlm  # noqa: E402
-from toy.lessons import build  # noqa: E402
+import plumbing  # noqa: E402, F401  before torch: how its threads wait
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from plumbing.data.prompts import encode  # noqa: E402
+from plumbing.models.families import TOYS  # noqa: E402
+from plumbing.models.weights import banned_tokens, load_processors, load_vlm  # noqa: E402
+from plumbing.run.config import Config, resolve  # noqa: E402
+from plumbing.run.setup import model_folder, setup  # noqa: E402
+from policy import Policy  # noqa: E402
 from toy.task import ToyData  # noqa: E402
 
-WARM = 60  # enough that responses are well formed and some are right; about 20 s, then cached
 SMALL = (
-    f"--sampler hf --warm_steps {WARM} --prompts_per_step 4 --prompts_per_update 2 "
-    "--tokens_per_forward 1 --group_size 4 --eval_questions 4 --eval_n 2 --eval_every 0"
+    "--sampler hf --prompts_per_step 4 --prompts_per_update 2 "
+    "--tokens_per_forward 1 --group_size 4 --eval_questions 4 --eval_n 1 --eval_every 0"
 ).split()
 
 
@@ -37,14 +49,42 @@ both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="
 
 def command(script, *flags, cwd=ROOT, **kwargs):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, script, *map(str, flags)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        **kwargs,
-    )
+    asked = [sys.executable, *map(str, (script, *flags))]
+    return subprocess.run(asked, cwd=cwd, text=True, capture_output=True, timeout=300, **kwargs)
+
+
+def train_here(*flags, settings=Config):
+    """train.main(settings) in this process, with SMALL and then these flags -> what it said on
+    standard output. Raises SystemExit as the command would end."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags)])
+        train.main(settings)
+    return said.getvalue()
+
+
+def train_on(processes, out, *flags, script="train.py"):
+    """A script on so many processes, with SMALL and then these flags -> its metrics"""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    done = command(*launch, script, "--out", out, *SMALL, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return metrics(out)
+
+
+def metrics(out):
+    """The lines of a run's metrics.jsonl"""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_run(out, folder, settings=Config, **flags):
+    """What a run of these settings is made of, on the toy's data: two updates of two prompts a
+    step, one group a pass -> Parts"""
+    small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, group_size=4)
+    small |= dict(tokens_per_forward=1, val_data="", max_response_tokens=24)
+    given = {"model": str(folder), "data": "toy", "out": str(out), **small, **flags}
+    cfg, _ = resolve(given, False, settings)
+    cfg.check(1, False)
+    return setup(cfg)
 
 
 @pytest.fixture(scope="session", params=["toy"])
@@ -54,7 +94,7 @@ def toy_name(request):
 
 @pytest.fixture(scope="session")
 def folder(toy_name):
-    return build(WARM, toy_name)
+    return model_folder(toy_name)
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +107,14 @@ def processors(folder, cfg):
     return load_processors(folder, cfg)
 
 
+@pytest.fixture(scope="session")
+def loaded(folder, processors):
+    return Policy(load_vlm(folder), banned_tokens(folder, processors[0]))
+
+
 @pytest.fixture
-def policy(folder, processors):
-    vlm = load_vlm(folder)
-    return Policy(vlm, banned_tokens(folder, processors[0]))
+def policy(loaded):
+    return copy.deepcopy(loaded)
 
 
 @pytest.fixture(scope="session")
@@ -81,17 +125,11 @@ def prompts(processors):
 
 def random_responses(prompts, tok, G=3, seed=0):
     """Ragged token ids, with EOS at the end of every other response."""
-    g = torch.Generator().manual_seed(seed)
+    g, groups = torch.Generator().manual_seed(seed), []
     low = tok.convert_tokens_to_ids("<unk>") + 1
-    groups = []
     for _ in prompts:
-        group = []
-        for i in range(G):
-            tokens = torch.randint(
-                low, len(tok), (int(torch.randint(1, 12, (), generator=g)),), generator=g
-            )
-            if i % 2:
-                tokens[-1] = tok.eos_token_id
-            group.append(tokens)
-        groups.append(group)
+        lengths = torch.randint(1, 12, (G,), generator=g).tolist()
+        groups.append([torch.randint(low, len(tok), (n,), generator=g) for n in lengths])
+        for tokens in groups[-1][1::2]:
+            tokens[-1] = tok.eos_token_id
     return groups

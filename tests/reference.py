@@ -29,7 +29,8 @@ def token(x, cfg, b, g, t, advantage):
     """One token's share of J, before 1/N."""
     real = log_probabilities(x["logits"][b, g, t] / cfg.temperature, x["banned"])
     hidden = x["masked_logits"][b, g, t] / cfg.temperature
-    blind = log_probabilities(hidden if cfg.masked_grad else hidden.detach(), x["banned"])
+    hidden = hidden if cfg.masked_branch == "grad" else hidden.detach()
+    blind = log_probabilities(hidden, x["banned"])
     o = int(x["tokens"][b, g, t])
     rho = clip(real[o] - x["old"][b, g, t], -20, 20).exp()
     share = rho * advantage
@@ -40,15 +41,15 @@ def token(x, cfg, b, g, t, advantage):
     if cfg.importance_cap:
         gap = x["old"][b, g, t] - x["sampled"][b, g, t]
         share = share * clip(gap.exp(), None, cfg.importance_cap)
-    if "credit" in x:
-        share = share * x["credit"][b, g, t]
+    if x.get("weights") is not None:
+        share = share * x["weights"][b, g, t]
     if x["ref"] is not None:
         share = share - cfg.beta * divergence((x["ref"][b, g, t] - real[o]).exp(), cfg)
     if cfg.entropy == "exact":
         share = share - cfg.eta1 * sum(-p.exp() * p for p in real.values())
     else:
         share = share - cfg.eta1 * -real[o]
-    if x["sees"][b]:
+    if x["pictured"][b]:
         r = (real[o] - blind[o]).exp()  # pi / pi_mask
         if cfg.perception == "k3":
             kl = divergence(1 / r, cfg)
@@ -66,7 +67,7 @@ def token(x, cfg, b, g, t, advantage):
 
 
 def J(x, cfg):
-    """The objective of one whole optimiser batch: Eq. (1) to (3)."""
+    """The objective of one whole optimizer batch: Eq. (1) to (3)."""
     B, G, R = x["tokens"].shape
     responses = []
     for b in range(B):

@@ -4,17 +4,14 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 
 import loss
 import papo
 import reward
 import rollout
-import sft
-from plumbing import packing
-from plumbing.conversations import encode_conversation
-from plumbing.data import Example, Prompt
-from plumbing.grader import Grader
+from plumbing.data.prompts import Prompt
+from plumbing.grading.workers import Grader
+from plumbing.models import packing
 
 
 def row_of(text, name):
@@ -55,22 +52,6 @@ def test_the_packed_row(policy, processors):
             assert token == 0 or f"{token} from {place}" in re.sub(" +", " ", text)
 
 
-def test_the_row_of_a_conversation(processors):
-    lines = {x.split()[0]: x.split()[1:] for x in sft.__doc__.splitlines() if x.startswith("    ")}
-    text, ids, scored = ([x for x in lines[n] if x != "|"] for n in ("text", "ids", "scored"))
-    assert "<image> what shape is at a1 ?      assistant  circle" in sft.__doc__
-    turns = [("user", "<image> what shape is at a1 ?"), ("assistant", "circle")]
-    example = Example("1", "", "", [Image.new("RGB", (28, 28))], turns=turns)
-    c = encode_conversation(example, *processors)
-    assert [*c.prompt.ids.tolist(), *c.tokens.tolist()] == list(map(int, ids))
-    assert [False] * len(c.prompt.ids) + c.scored.tolist() == [x == "x" for x in scored]
-    assert lines["text"].index("|") == lines["ids"].index("|") == len(c.prompt.ids)
-    names = {"start": "<|im_start|>", "end": "<|im_end|>", "img": "<|image_pad|>"}
-    names |= {"[": "<|vision_start|>", "]": "<|vision_end|>"}
-    words = [names.get(word, word) for word in text]
-    assert processors[0].convert_tokens_to_ids(words) == list(map(int, ids))
-
-
 @pytest.mark.lesson
 def test_k3_on_three_tokens():
     lines = re.findall(
@@ -85,17 +66,6 @@ def test_k3_on_three_tokens():
         assert (masked - logp).item() == pytest.approx(d, abs=6e-4)
         assert value.item() == pytest.approx(k3, abs=6e-4) and not clamped
         assert logp.grad.item() == pytest.approx(slope, abs=6e-4)
-
-
-@pytest.mark.lesson
-def test_printed_and_released_are_two_functions():
-    """They are one formula with the policies exchanged, and not the same number."""
-    logp, masked = torch.tensor([-0.1, -0.7, -1.6]), torch.tensor([-2.4, -0.7, -0.9])
-    r = (logp - masked).exp()
-    torch.testing.assert_close(loss.printed_kl(logp, masked)[0], r - r.log() - 1)
-    torch.testing.assert_close(loss.k3(logp, masked)[0], 1 / r + r.log() - 1)
-    assert not torch.allclose(loss.printed_kl(logp, masked)[0], loss.k3(logp, masked)[0], atol=0.1)
-    assert loss.PERCEPTION == {"k3": loss.k3, "printed": loss.printed_kl}
 
 
 @pytest.mark.lesson

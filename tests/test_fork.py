@@ -1,54 +1,42 @@
-"""A fork touches one place: a mask, a reward and an algorithm that are registered from outside, and
-train two steps of the toy through the command's own entry point."""
+"""A fork touches one place: a mask, a reward, an algorithm and a flag of one's own in a script that
+trains; and what may be hung into a step (plumbing/run/hooks.py)."""
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, command, metrics, one_run
 
 import masking
-from plumbing.families import to_picture
+import papo
+import reward
+import train
+from plumbing.models.families import to_picture
+from plumbing.run.config import Config
+from plumbing.run.hooks import with_token_weights
+from policy import Scores
+from rollout import Rollout
 
-ENTRY = "\n\nif __name__ == '__main__':\n    import train\n    train.main()\n"
-
-
-def fork(tmp_path, code, *flags):
-    """Train with a script that registers something -> (its metrics, its configuration)"""
-    script, out = tmp_path / "fork.py", tmp_path / "run"
-    script.write_text(code + ENTRY)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = command(script, "--out", out, *SMALL, "--steps", 2, *flags, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
-    assert [m["step"] for m in metrics] == [1, 2]
-    return metrics, json.loads((out / "config.json").read_text())["config"]
-
-
-def test_a_new_mask(tmp_path):
-    code = """
-from masking import kind
-
-@kind("none")
-def nothing_masked(prompt, masker, generator):
-    return prompt.pixels.clone()
-"""
-    metrics, cfg = fork(tmp_path, code, "--mask", "none", "--prompts_per_step", 2)
-    # One update a step, so the other picture is scored under the weights of that very update, and
-    # is the same picture.
-    assert cfg["mask"] == "none" and all(abs(m["perception_kl"]) < 1e-9 for m in metrics)
-
-
-# A mask that means places: the left half of each picture. Rows of pixels come in blocks of merge x
+# The mask means places: the left half of each picture. Rows of pixels come in blocks of merge x
 # merge patches (row_order), the pictures of a prompt one after the other; a grid is (1, h, w).
-LEFT_HALF = """
+FORK = """
+from dataclasses import dataclass
+
 import torch
 
+import train
 from masking import kind, mask_patches
-from plumbing.families import row_order
+from papo import ALGORITHMS, row
+from plumbing.models.families import row_order
+from plumbing.run.config import Config, knob
+from reward import rule
+
+SETTINGS = dict(mask="left", reward="brief")
+ALGORITHMS["gentle"] = row(0.30, 0.0, 0.003, 0.001, 0.0, False, as_printed=SETTINGS, **SETTINGS)
 
 @kind("left")
 def left_half(prompt, masker, generator):
@@ -56,53 +44,128 @@ def left_half(prompt, masker, generator):
     columns = [row_order(grid, merge) % grid[2] for grid in prompt.grid]
     chosen = [column < grid[2] // 2 for column, grid in zip(columns, prompt.grid)]
     return mask_patches(prompt.pixels, torch.cat(chosen), masker.black)
-"""
-
-
-@pytest.mark.slow
-def test_a_mask_that_means_places(tmp_path):
-    metrics, cfg = fork(tmp_path, LEFT_HALF, "--mask", "left", "--prompts_per_step", 2)
-    assert cfg["mask"] == "left" and all(m["perception_kl"] > 0 for m in metrics)
-
-
-def test_its_mask_is_where_it_should_be(folder, cfg, processors, prompts, monkeypatch):
-    monkeypatch.setattr(masking, "MASKS", dict(masking.MASKS))
-    exec(LEFT_HALF, {})
-    masker = masking.Masker(replace(cfg, mask="left"), processors[1])
-    prompt = prompts[0]
-    seen = (
-        to_picture(x, prompt.grid[0], processors[1]) for x in (prompt.pixels, masker(prompt, None))
-    )
-    whole, masked = seen
-    half = whole.shape[1] // 2
-    assert not masked[:, :half].any() and torch.equal(masked[:, half:], whole[:, half:])
-
-
-def test_a_new_reward(tmp_path):
-    code = """
-from reward import rule
 
 @rule("brief")
 def brief(graded):
     return graded.accuracy + 1 / len(graded.response)
+
+@dataclass
+class Gentle(Config):
+    push: float = knob(1.0, "weight of every token's policy term", part="Gentle", low=0)
+
+    def token_weights(self, kl, counted, gather):
+        return [torch.full_like(x, self.push) for x in kl]
+
+if __name__ == "__main__":
+    train.main(Gentle)
 """
-    metrics, cfg = fork(tmp_path, code, "--reward", "brief")
-    assert cfg["reward"] == "brief"
-    for m in metrics:  # the toy's responses are a few hundred characters at the most
+
+
+def test_a_script_of_ones_own_trains(tmp_path):
+    script, out = tmp_path / "fork.py", tmp_path / "run"
+    script.write_text(FORK)
+    flags = "--algo gentle --objective paper --push 0.5 --steps 2 --val_data".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = command(script, "--out", out, *SMALL, *flags, "", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines, cfg = metrics(out), json.loads((out / "config.json").read_text())["config"]
+    assert [m["step"] for m in lines] == [1, 2]
+    assert (cfg["algo"], cfg["mask"], cfg["reward"]) == ("gentle", "left", "brief")
+    assert (cfg["beta"], cfg["gamma"], cfg["eta1"], cfg["push"]) == (0.0, 0.003, 0.001, 0.5)
+    assert (cfg["perception"], cfg["loss_mean"]) == ("printed", "sequence")
+    for m in lines:
+        assert "ref_kl" not in m and m["perception_kl"] > 0 and m["token_weight"] == 0.5
+        # The toy's responses are a few hundred characters at the most.
         assert m["accuracy"] + 1e-3 < m["reward"] < m["accuracy"] + 1
 
 
-def test_a_new_algorithm(tmp_path):
-    code = """
-import papo
+def test_its_mask_is_where_it_should_be(cfg, processors, prompts, monkeypatch):
+    for module, name in ((masking, "MASKS"), (reward, "REWARDS"), (reward, "FORMS")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    monkeypatch.setattr(papo, "ALGORITHMS", dict(papo.ALGORITHMS))
+    exec(FORK, {"__name__": "fork"})
+    masker, prompt = masking.Masker(replace(cfg, mask="left"), processors[1]), prompts[0]
+    whole, masked = (
+        to_picture(x, prompt.grid[0], processors[1]) for x in (prompt.pixels, masker(prompt, None))
+    )
+    half = whole.shape[1] // 2
+    assert not masked[:, :half].any() and torch.equal(masked[:, half:], whole[:, half:])
 
-papo.ALGORITHMS["gentle"] = papo.ALGORITHMS["papo_g"] | dict(beta=0.0, gamma=0.003, eta1=0.001)
-papo.ALGORITHMS["gentle/paper"] = dict(loss_mean="token")
-"""
-    metrics, cfg = fork(tmp_path, code, "--algo", "gentle", "--objective", "paper")
-    assert (cfg["algo"], cfg["beta"], cfg["gamma"], cfg["eta1"]) == ("gentle", 0.0, 0.003, 0.001)
-    assert (cfg["perception"], cfg["loss_mean"]) == ("printed", "token")
-    assert all("ref_kl" not in m for m in metrics)
-    for m in metrics:  # minus J is the sum of its terms, those that the row turned on
-        terms = m["policy_loss"] - 0.003 * m["perception_kl"] + 0.001 * m["entropy"]
-        assert abs(m["loss"] - terms) < 1e-6
+
+def test_a_mask_that_masks_nothing_has_no_perception_loss(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(masking.MASKS, "none", lambda prompt, masker, generator: prompt.pixels)
+    parts = one_run(tmp_path, folder, mask="none", prompts_per_step=2)
+    # In a step of one update pi_mask has its very weights.
+    assert abs(train.train_step(parts, train.Progress())["perception_kl"]) < 1e-9
+
+
+# --------------------------------------------------------------------------------------- the hooks
+
+
+@dataclass
+class Noised(Config):
+    """The last two of each group are sampled on a picture with noise."""
+
+    second_size: ClassVar = 2
+
+    def second_prompt(self, prompt, image_processor, generator):
+        pixels = masking.add_noise(prompt.pixels, 0.3, generator, image_processor)
+        return replace(prompt, pixels=pixels)
+
+
+@dataclass
+class NoisedToTheEnd(Noised):
+    """And are scored on it."""
+
+    def regroup(self, groups):
+        return [part(g, own, second) for g in groups for own, second in HALVES]
+
+
+HALVES = (slice(2), False), (slice(2, None), True)
+
+
+def part(group, own, second):
+    rollout = Rollout(*(getattr(group.rollout, f.name)[own] for f in fields(Rollout)))
+    lists = dict(scores=group.scores[own], advantages=group.advantages[own], rollout=rollout)
+    return replace(group, second=second, **lists)
+
+
+@pytest.mark.parametrize("kind", [Noised, NoisedToTheEnd])
+def test_on_which_picture_a_response_is_trained(kind, tmp_path, folder, monkeypatch):
+    """On the prompt's own, pi_old included, unless the variant regroups: then each response's
+    log-probs are the sampler's. All rewards of a group form one pool."""
+    parts = one_run(tmp_path, folder, kind)
+    clean = [parts.stream[i].pixels for i in range(4)]
+    seen, heard, real, forward = [], [], papo.terms_of, parts.policy.forward
+
+    def watched(rows, pixels, *rest, **more):
+        if pixels is rows.pixels:
+            seen.append(any(torch.equal(pixels, one) for one in clean))
+        return forward(rows, pixels, *rest, **more)
+
+    monkeypatch.setattr(parts.policy, "forward", watched)
+    monkeypatch.setattr(papo, "terms_of", lambda *x: heard.append(x) or real(*x))
+    train.train_step(parts, train.Progress())
+    first = [logprobs for logprobs, *_ in heard[: len(heard) // 2]]  # pi_old is pi_theta
+    gaps = [(x.old - x.sampled).abs().amax(-1).flatten() for x in first]
+    if kind is Noised:
+        assert len(heard) == 4 and all(seen)
+        assert all(gap[:2].max() < 1e-3 < gap[2:].max() for gap in gaps)
+    else:
+        assert len(heard) == 8 and sum(seen) == len(seen) // 2
+        assert torch.cat(gaps).max() < 1e-3
+    sums = [advantages.sum() for _, advantages, *_ in heard]
+    assert torch.stack(sums).sum().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_token_weights_come_from_the_policy_before_the_updates_and_need_a_picture():
+    """kl is k3 of pi_old and pi_mask; a token that does not count, or has no picture, keeps 1."""
+    old, masked = torch.zeros(2, 1, 3), torch.tensor([1.0, 2.0, 3.0]).expand(2, 1, 3)
+    scored = torch.tensor([[[True, True, False]]] * 2)
+    rows, pictured = SimpleNamespace(scored=scored), torch.tensor([True, False])
+    cfg = SimpleNamespace(kl_clamp=0.0, token_weights=lambda kl, counted, gather: kl)
+    parts = SimpleNamespace(cfg=cfg, processes=SimpleNamespace(gather=None))
+    fixed = [train.Fixed(old, Scores(masked, None), None)]
+    (known,) = with_token_weights([train.MicroBatch(rows, None, pictured, None)], fixed, parts)
+    wanted = torch.tensor([[[torch.e - 2, torch.e**2 - 3, 1.0]], [[1.0, 1.0, 1.0]]])
+    assert torch.allclose(known.weights, wanted)

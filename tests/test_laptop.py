@@ -1,19 +1,23 @@
-"""bench/paper_on_a_laptop.py: its rules on numbers whose verdict is known, and its results."""
+"""bench/paper_on_a_laptop.py and side_by_side.py: their rules on numbers whose verdict is known,
+and their results; and the figures of results/ that pages quote."""
 
 import json
 import re
+import statistics
 import sys
 
 import pytest
 from conftest import ROOT
 
+from plumbing.report.record import collapse_warnings, first_anomaly
+from plumbing.run.config import parser
+
 sys.path.insert(0, str(ROOT / "bench"))
 
-import fine_grained  # noqa: E402
-import paper_on_a_laptop as laptop  # noqa: E402
-import side_by_side  # noqa: E402
+laptop = pytest.importorskip("paper_on_a_laptop", reason="there is no bench/ here")
+side_by_side = pytest.importorskip("side_by_side")
 
-from plumbing import report  # noqa: E402
+RESULTS = ROOT / "results"
 
 
 def test_an_interval_is_students_over_seeds():
@@ -36,72 +40,66 @@ def test_a_verdict_needs_size_and_certainty(differences, at_least, expected):
     assert laptop.verdict(differences, at_least)[0] == expected
 
 
-def test_every_claim_has_its_runs_and_its_rule(tmp_path):
-    claims = laptop.claims(quick=False)
-    assert len(claims) == 8 and all(claim.rule and claim.arms for claim in claims)
-    jobs = {job for claim in claims for job in claim.jobs()}
-    assert len({laptop.Runs(tmp_path).path(*job) for job in jobs}) == len(jobs)  # a folder each
-    quick = laptop.claims(quick=True)
-    assert [claim.title for claim in quick] == [claims[0].title] and len(quick[0].seeds) == 3
+def test_every_run_has_a_folder_of_its_own_and_a_program_that_knows_its_flags(tmp_path):
+    jobs = {job for claim in laptop.claims() for job in claim.jobs()}
+    jobs |= {(side_by_side.flags_of(algo), 1) for _, algo, _, _ in side_by_side.METHODS}
+    assert len({laptop.Runs(tmp_path).path(*job) for job in jobs}) == len(jobs) > 60
+    for flags in {flags for flags, _ in jobs}:
+        program, *words = laptop.command(flags).split()
+        assert (ROOT / program).exists() and (program == "train.py" or not words)
+        # The reward that says nothing is registered in the process of its run.
+        parser().parse_args([word for word in words if word not in ("--reward", "nothing")])
 
 
-def test_verdicts_figures_and_the_page_from_runs(tmp_path):
-    """All claims on made-up runs in which PAPO-G is 20 points above GRPO on `vision`."""
-    claims, runs = laptop.claims(quick=False), laptop.Runs(tmp_path)
-    for flags, seed in (job for claim in claims for job in claim.jobs()):
+def test_verdicts_and_figures_from_runs(tmp_path):
+    """The first claim on made-up runs in which PAPO-G is 20 points above GRPO on `vision`, and the
+    order in which the signals of the third leave."""
+    runs, (first, _, third) = laptop.Runs(tmp_path), laptop.claims()[:3]
+    for flags, seed in (*first.jobs(), *third.jobs()):
         level = (0.5 if "papo_g" in flags else 0.3) + 0.001 * seed
-        summary = {"accuracy": level, "followed": 1 - level}
         series = {"step": list(range(1, 21)), "reward": [0.5] * 15 + [0.1] * 5}
         series |= {"perception_kl": [0.1] * 13 + [1.0] * 7}
         series |= {"val_accuracy": [None] * 9 + [level] + [None] * 9 + [level]}
-        before = {"accuracy": 0.31, "followed": 0.4}
-        runs.done[flags, seed] = {
-            "flags": flags,
-            "seed": seed,
-            "before": {s: before for s in ("general", "vision")},
-            "after": {s: summary for s in ("general", "vision")},
-            "series": series,
-        }
-    laptop.page(claims, runs, tmp_path)
-    text = (tmp_path / "paper_on_a_laptop.md").read_text()
-    assert "| vision | confirmed | +20.0 points (+20.0 .. +20.0) |" in text
-    assert "| gamma 2: signals leave at step, seed 1 |  | perception_kl 14, reward 16 |" in text
-    assert text.count("## ") == 8 and text.count("](paper_on_a_laptop-") == 11
-    assert len(list(tmp_path.glob("*.png"))) == 11
+        runs.done[flags, seed] = {"series": series}
+        for when, accuracy in (("before", 0.31), ("after", level)):
+            summary = {"accuracy": accuracy, "followed": 1 - accuracy}
+            runs.done[flags, seed][when] = {"general": summary, "vision": summary}
+    found = first.judge(runs, first)
+    assert found[0] == ("vision", "confirmed", "+20.0 points (+20.0 .. +20.0)")
+    left = ("gamma 2: signals leave at step, seed 1", "", "perception_kl 14, reward 16")
+    assert left in third.judge(runs, third)
+    for draw in (laptop.figure, laptop.curves):
+        draw(first, runs).savefig(tmp_path / "one.png", dpi=20)
+        assert (tmp_path / "one.png").stat().st_size > 1000
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """The committed runs."""
+    """The committed runs, known by today's flags."""
     runs = laptop.Runs(tmp_path_factory.mktemp("runs"))
-    runs.load(ROOT / "results" / f"{laptop.NAME}.json")
+    runs.load(RESULTS / f"{laptop.NAME}.json")
     return runs
 
 
-def test_the_page_says_what_the_runs_say_and_others_quote_the_page(kept, tmp_path):
-    laptop.page(laptop.claims(quick=False), kept, tmp_path)
-    page = (tmp_path / f"{laptop.NAME}.md").read_text()
-    assert page == (ROOT / "results" / f"{laptop.NAME}.md").read_text()
-    findings = (ROOT / "docs" / "findings.md").read_text()
-    rows = [line for line in findings.splitlines() if line.startswith("| ")]
-    assert len(rows) > 10 and all(row in page for row in rows)
-    rows = re.findall(r"^\| \d\. .+", (ROOT / "README.md").read_text(), re.M)
-    assert len(rows) >= 3 and all(row in page for row in rows)
-
-
-def warnings(run):
-    """The steps at which a run would have warned of a collapse."""
-    lines = laptop.lines_of(run)
-    return [n for n in range(1, len(lines) + 1) if report.collapse_warnings(lines[:n])]
+def test_the_committed_runs_are_judged_as_they_were(kept, tmp_path):
+    """Every verdict again, from runs that were called with the flags of their day."""
+    laptop.page(kept, tmp_path, draw=False)
+    for name in (f"{laptop.NAME}.json", f"{laptop.NAME}.md"):
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
 
 
 def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs(kept):
     """Figure 11 of the paper: without annealing, the toy's gamma collapses. By one measure for all
     signals KL_prcp leaves first, as there, the entropies three to six steps later, and the reward 0
     to 2 after these; and the warning comes before the reward has halved."""
+
+    def warnings(run):
+        lines = laptop.lines_of(run)
+        return [n for n in range(1, len(lines) + 1) if collapse_warnings(lines[:n])]
+
     for seed in laptop.SEEDS[:3]:
-        run = kept.done[f"--algo papo_g {laptop.TOO_LARGE}", seed]
-        left = report.left_at(laptop.lines_of(run), factor=2)
+        run = kept.done["--algo papo_g --gamma 2 --anneal_steps 0", seed]
+        left = first_anomaly(laptop.lines_of(run), factor=2)
         entropies = {left["entropy"], left["masked_entropy"]}
         assert {n - left["perception_kl"] for n in entropies} <= {3, 4, 5, 6}
         assert {left["reward"] - n for n in entropies} <= {0, 1, 2}
@@ -112,122 +110,60 @@ def test_the_watch_sees_a_collapse_coming_and_is_silent_on_sound_runs(kept):
             assert warnings(kept.done[f"--algo {algo}", seed]) == []
 
 
-def test_methods_side_by_side(tmp_path):
-    """A line a method, over the seeds that there are, each against what its paper builds on."""
-    runs = laptop.Runs(tmp_path)
+def test_methods_side_by_side():
+    """A line a method, over the seeds that there are, each against what its paper builds on; and
+    the committed page is that of its runs."""
+    runs, file = laptop.Runs("/nowhere"), RESULTS / "side_by_side.json"
+    runs.load(file)
+    pace = json.loads(file.read_text())["pace"]
+    assert side_by_side.page(runs, pace) == file.with_suffix(".md").read_text()
     for level, (_, algo, _, _) in enumerate(side_by_side.METHODS):
-        for seed in laptop.SEEDS[: 3 if algo == "vppo" else 5]:
+        for seed in laptop.SEEDS:
             accuracy = 0.4 + 0.05 * level + 0.01 * seed
             summary = {"accuracy": accuracy, "followed": 1 - accuracy}
-            runs.done[side_by_side.job(algo, seed)] = {
-                "after": {"general": summary, "vision": summary},
-            }
-    del runs.done[side_by_side.job("dapo", 1)]
-    pace = {algo: 2.0 + level for level, (_, algo, _, _) in enumerate(side_by_side.METHODS)}
-    table = [
-        line.split(" | ") for line in side_by_side.page(runs, pace).splitlines() if "`" in line
-    ]
-    lines = {cells[0].strip("| "): cells for cells in table if len(cells) > 3}
-    assert list(lines) == [label for label, *_ in side_by_side.METHODS]
+            run = {"after": {"general": summary, "vision": summary}}
+            runs.done[side_by_side.flags_of(algo), seed] = run
+    del (
+        runs.done["--algo dapo", 1],
+        runs.done["variants/vppo.py", 4],
+        runs.done["variants/vppo.py", 5],
+    )
+    rows = [line.split(" | ") for line in side_by_side.page(runs).splitlines() if "`" in line]
+    lines = {cells[0].strip("| "): cells for cells in rows if len(cells) > 3}
     # 40 + 1 .. 5 per cent: the mean is 43, and t(4) 1.5811 / sqrt(5) is 1.96.
     assert lines["GRPO"][3:6] == ["43.0 ± 2.0", "43.0 ± 2.0", "57.0 ± 2.0"]
-    assert lines["GRPO"][6:8] == ["", ""] and lines["GRPO"][8] == "1.0"
+    assert lines["GRPO"][6:8] == ["", ""]
     assert lines["PAPO_G"][6:8] == ["+5.0 points (+5.0 .. +5.0)", "confirmed"]
     # Two seeds that both have: 2 and 3.
-    assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)"
-    assert lines["VPPO"][8:] == ["3.5", "3 |"]  # 7 seconds to GRPO's 2
+    assert lines["VPPO"][6] == "+10.0 points (+10.0 .. +10.0)" and lines["VPPO"][9] == "3 |"
 
 
-def test_two_stages_on_fine_grained_kinds(tmp_path):
-    """A line a model, with the same seeds on both sides of a comparison."""
-    results = {}
-    for level, arm in enumerate(fine_grained.ARMS):
-        for seed in fine_grained.SEEDS[: 1 if arm == "base" else 3]:
-            accuracy = 0.4 + 0.1 * level + 0.01 * seed
-            run = {"after": dict.fromkeys(fine_grained.TESTS, accuracy)}
-            if arm in fine_grained.ALGORITHMS:
-                run["val"] = [(0, 0.5), (5, accuracy)]
-            results[arm, seed] = run
-    page = fine_grained.page(results)
-    # 50 + 1, 2, 3 per cent: the mean is 52, and t(2) / sqrt(3) is 2.48.
-    assert "| CoT SFT | 52.0 ± 2.5 | 52.0 ± 2.5 | 52.0 ± 2.5 | 52.0 ± 2.5 |  |" in page
-    assert "| base | 41.0 | 41.0 |" in page and "| 50 82 |" in page
-    assert page.count("| TAPO above DAPO | ") == 4
-    assert "| TAPO above DAPO | seen, open | confirmed | +20.0 points (+20.0 .. +20.0) |" in page
-    fine_grained.figure(results, tmp_path / "val.png")
-    assert (tmp_path / "val.png").stat().st_size > 1000
+@pytest.mark.prose
+def test_pages_quote_the_results():
+    runs = r"^\| [\w, ]+ \| `.+"
+    for page, pattern, count, result in [
+        ("docs/findings.md", r"^\| .+", 10, "paper_on_a_laptop.md"),
+        ("README.md", r"^\| \d\. .+", 3, "paper_on_a_laptop.md"),
+        ("docs/after-papo.md", runs, 7, "side_by_side.md"),
+        ("docs/lora.md", runs, 3, "lora.md"),
+    ]:
+        rows, known = re.findall(pattern, (ROOT / page).read_text(), re.M), RESULTS / result
+        assert len(rows) >= count and all(row in known.read_text() for row in rows), page
 
 
-def test_the_page_of_the_kinds_is_that_of_its_runs_and_another_quotes_it():
-    results = json.loads((ROOT / "results" / "fine_grained.json").read_text())
-    page = fine_grained.page({(run["arm"], run["seed"]): run for run in results})
-    assert page == (ROOT / "results" / "fine_grained.md").read_text()
-    told = (ROOT / "docs" / "after-papo.md").read_text()
-    rows = re.findall(r"^\| (?:base|CoT SFT|DAPO|PAPO_D|TAPO) \| \d.*", told, re.M)
-    assert len(rows) == 5 and all(row in page for row in rows)
-
-
-def test_the_page_of_the_methods_is_that_of_their_runs_and_another_quotes_it():
-    runs, file = laptop.Runs("/nowhere"), ROOT / "results" / "side_by_side.json"
-    runs.load(file)
-    page = side_by_side.page(runs, json.loads(file.read_text())["pace"])
-    assert page == file.with_suffix(".md").read_text()
-    told = (ROOT / "docs" / "after-papo.md").read_text()
-    rows = re.findall(r"^\| .*`train.py --algo .*", told, re.M)
-    assert len(rows) == 7 and all(row in page for row in rows)
-
-
-def test_the_page_of_lora_is_that_of_its_runs_and_another_quotes_it():
-    import lora
-
-    runs, file = laptop.Runs("/nowhere"), ROOT / "results" / "lora.json"
-    runs.load(file)
-    page = lora.page(runs, laptop.SEEDS, None)
-    assert page == file.with_suffix(".md").read_text()
-    told = (ROOT / "docs" / "lora.md").read_text()
-    rows = re.findall(r"^\| .*`train.py --algo .*", told, re.M)
-    assert len(rows) == 3 and all(row in page for row in rows)
-
-
-def test_the_emoji_of_the_page_are_those_of_the_run():
-    found = json.loads((ROOT / "results" / "emoji.json").read_text())
-    page = (ROOT / "docs" / "after-papo.md").read_text()
-    told = " ".join(page.split("bench/emoji.py")[-1].split())
-
-    def accuracies(algo, when):
-        runs = [run for run in found["runs"] if run["algo"] == algo]
-        return [100 * run[when]["test"]["accuracy"] for run in runs]
-
-    before, dapo, tapo = (
-        accuracies(*x.split()) for x in ("dapo before", "dapo after", "tapo after")
-    )
-    assert accuracies("tapo", "before") == before  # both go on from the same policy of a seed
-    shown = [side_by_side.with_interval(values) for values in (before, dapo, tapo)]
-    assert re.findall(r"\d+\.\d ± \d+\.\d", told) == shown
-    pairs = [(before, dapo), (before, tapo), (dapo, tapo)]
-    losses = [laptop.verdict([y - x for x, y in zip(*pair)])[1] for pair in pairs]
-    assert re.findall(r"-\S+ points \(.*?\)", told) == losses
-    seen, unseen = (found["classes"][name] for name in ("seen", "unseen"))
-    assert f"other {unseen} classes" in told and f"the {seen} classes" in told
-
-
-def test_lora_is_held_against_full_training_and_against_no_training():
-    """One line a method that has runs, what its own rank trains, and the right verdicts."""
-    import lora
-
-    runs, seeds = laptop.Runs("/nowhere"), laptop.SEEDS
-    levels = {"--algo papo_g": 0.8, "--algo papo_g --lora_rank 16": 0.7}
-    for flags, level in levels.items():
-        for seed in seeds:
-            split = {"accuracy": level + 0.001 * seed, "followed": 0.1}
-            runs.done[flags, seed] = {
-                "before": dict.fromkeys(("vision", "general"), {"accuracy": 0.5}),
-                "after": dict.fromkeys(("vision", "general"), split),
-            }
-    lines = lora.page(runs, seeds, None).splitlines()
-    full, adapters = ([c.strip() for c in line.split("|")[1:-1]] for line in lines[-2:])
-    assert (full[0], adapters[0]) == ("PAPO_G", "PAPO_G, LoRA")
-    assert (full[2], adapters[2]) == ("858,176", "131,072")
-    assert adapters[6].startswith("+20.3 points") and adapters[7] == "confirmed"
-    assert adapters[8].startswith("-10.0 points") and adapters[9] == "contradicted"
-    assert full[8] == "" and full[-1] == "5"
+@pytest.mark.prose
+def test_the_page_of_speed_says_what_was_measured():
+    page, names = (ROOT / "docs" / "speed.md").read_text(), ("step", "pipeline", "versus_trl")
+    step, pipeline, trl = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    share = round(100 * step["memory_ratio"])
+    assert f"{step['update_speedup']:.1f} times as fast, {share} % of the memory" in page
+    assert f"+{100 * step['papo_over_grpo']:.0f} % (the paper" in page
+    assert f"{step['compiled_speedup']:.2f} times as fast" in " ".join(page.split())
+    for batch, name in (("8", "ours"), ("128", "ours"), ("8", "ours, masked_grad")):
+        whole, training = trl["by_trl_batch"][batch][name]["times_as_fast"]
+        assert f"| {whole:.1f} times, and {training:.1f} times without sampling |" in page
+    for kind in ("JPEG, 640 x 480", "toy, 56 x 56"):
+        cells = [f"{pipeline[kind][name]:.1f}" for name in ("read", "back", "again", "hand over")]
+        for what in ("waiting", "work"):
+            cells.append(f"{statistics.median(pipeline[kind][f'ratios of {what}']):.1f} times less")
+        assert f"| {kind} | {' | '.join(cells)} |" in page

@@ -10,11 +10,11 @@ from conftest import both_families
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from masking import Masker, black_row, blacken_cells, choose_patches, mask_patches, noised
-from plumbing.common import generator
-from plumbing.data import Example, encode
-from plumbing.families import row_order, to_picture
-from plumbing.saliency import DINO_LAYERS, Saliency
+from masking import MASKS, Masker, add_noise, black_row, blacken_cells, choose_patches, mask_patches
+from plumbing.base.common import generator
+from plumbing.data.prompts import Example, encode
+from plumbing.models.families import row_order, to_picture
+from plumbing.models.saliency import DINO_LAYERS, Saliency
 
 FAMILIES = {
     "Qwen2.5-VL": dict(patch_size=14),  # and its own mean and std, those of CLIP
@@ -82,19 +82,6 @@ def test_black_row_is_what_the_processor_makes_of_a_black_picture(image_processo
     assert black_row(image_processor).abs().min() > 0.9  # normalised black is far from 0
 
 
-@both_families
-def test_masked_rows_are_black_the_others_untouched_and_the_input_unchanged(prompts, processors):
-    pixels = prompts[0].pixels
-    before, black = pixels.clone(), black_row(processors[1])
-    hidden = choose_patches(len(pixels), 0.6, generator(0))
-    masked = mask_patches(pixels, hidden, black)
-    # The case in which others silently masked nothing.
-    assert pixels.ndim == 2 and 0 < hidden.sum() < len(pixels)
-    assert torch.equal(pixels, before)
-    assert torch.equal(masked[~hidden], pixels[~hidden])
-    assert torch.equal(masked[hidden], black.expand(int(hidden.sum()), -1))
-
-
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.6, 1.0])
 @pytest.mark.parametrize("unit", [1, 4])
 def test_share_of_masked_patches(ratio, unit):
@@ -105,13 +92,6 @@ def test_share_of_masked_patches(ratio, unit):
         assert not (hidden.view(-1, 2) == hidden.view(-1, 2)[:1]).all()
 
 
-def test_masks_are_named_not_remembered():
-    a = choose_patches(100, 0.6, generator(1, "mask", 7, 42))
-    torch.rand(1000)
-    assert torch.equal(a, choose_patches(100, 0.6, generator(1, "mask", 7, 42)))
-    assert not torch.equal(a, choose_patches(100, 0.6, generator(1, "mask", 8, 42)))
-
-
 def test_bad_ratio_and_bad_shape():
     with pytest.raises(ValueError, match="between 0 and 1"):
         choose_patches(4, 1.2, generator(0))
@@ -119,7 +99,7 @@ def test_bad_ratio_and_bad_shape():
         mask_patches(torch.zeros(1, 3, 28, 28), torch.ones(1, dtype=torch.bool), torch.zeros(3))
 
 
-# -------------------------------------------------------------------- kinds of second picture
+# ---------------------------------------------------------------------------- kinds of mask
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +109,8 @@ def dino(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=24,
-        num_hidden_layers=11,
-        num_attention_heads=3,
-        image_size=56,
-        patch_size=14,
-        initializer_range=0.4,
-        mlp_ratio=1,
-    )
+    small = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, mlp_ratio=1)
+    config = Dinov2Config(image_size=56, patch_size=14, initializer_range=0.4, **small)
     Dinov2Model(config).save_pretrained(folder)
     return str(folder)
 
@@ -148,18 +121,15 @@ def masker(cfg, processors, **settings):
 
 @pytest.fixture(scope="module")
 def two_pictures(processors):
-    """A prompt with two pictures of different sizes, and their contrasts of other sizes still."""
+    """A prompt with two pictures of different sizes."""
     rng = np.random.default_rng(0)
-    noise = lambda w, h: Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
-    images, contrast = [noise(84, 112), noise(168, 56)], [noise(50, 50), noise(200, 90)]
-    return encode(Example("two", "<image> or <image> ?", "1", images, contrast), *processors)
-
-
-KINDS = ["random", "raw", "semantic", "noise", "contrast"]
+    sizes = [(112, 84, 3), (56, 168, 3)]
+    images = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    return encode(Example("two", "<image> or <image> ?", "1", images), *processors)
 
 
 @both_families
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["random", "raw", "semantic", "noise"])
 def test_every_kind_changes_every_picture_and_never_its_input(
     kind, cfg, processors, two_pictures, dino
 ):
@@ -173,23 +143,35 @@ def test_every_kind_changes_every_picture_and_never_its_input(
         assert (masked[part] != before[part]).any(-1).float().mean() > 0.3
     # A name, not a state.
     assert torch.equal(masked, hide(two_pictures, generator(1, "mask", 0, 0)))
-    if kind in ("random", "raw", "noise"):
+    if kind != "semantic":
         assert not torch.equal(masked, hide(two_pictures, generator(1, "mask", 1, 0)))
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "absent"])
-def test_no_picture_no_mask(kind, cfg, processors, dino):
     text = encode(Example("t", "how many red objects are there ?", "3"), *processors)
-    assert masker(cfg, processors, mask=kind, semantic_model=dino)(text, generator(0)) is None
+    assert hide(text, generator(0)) is None  # no picture, no mask
 
 
-def test_token_granularity_hides_whole_tokens(cfg, processors, two_pictures):
-    masked = masker(cfg, processors, mask_unit="token")(two_pictures, generator(0))
-    black = (masked == black_row(processors[1])).all(-1).view(-1, 4)
-    assert (black == black[:, :1]).all() and 0 < black.sum() < black.numel()
-    masked = masker(cfg, processors, mask_unit="patch")(two_pictures, generator(0))
-    black = (masked == black_row(processors[1])).all(-1).view(-1, 4)
-    assert not (black == black[:, :1]).all()
+@pytest.mark.parametrize("kind", ["random", "semantic"])
+def test_token_granularity_hides_whole_tokens(kind, cfg, processors, two_pictures, dino):
+    for unit in ("token", "patch"):
+        hide = masker(cfg, processors, mask=kind, mask_unit=unit, semantic_model=dino)
+        black = (hide(two_pictures, generator(0)) == hide.black).all(-1).view(-1, 4)
+        assert (black == black[:, :1]).all() == (unit == "token")
+        assert 0 < black.sum() < black.numel()
+
+
+def test_many_prompts_are_masked_one_draw_each(cfg, processors, prompts, monkeypatch):
+    text = encode(Example("t", "how many red objects are there ?", "3"), *processors)
+    given, seeds = [prompts[0], text, prompts[1]], [(1, "mask", 0, i) for i in range(3)]
+    hide = masker(cfg, processors)
+    alone = [hide(prompt, generator(*seed)) for prompt, seed in zip(given, seeds)]
+    assert torch.equal(hide.of_all(given, seeds), torch.cat([alone[0], alone[2]]))
+    assert hide.of_all([text], seeds[:1]) is None
+
+    def lacking(prompt, masker, generator):
+        raise ValueError(f"example {prompt.example.id} has no mask")
+
+    monkeypatch.setitem(MASKS, "lacking", lacking)
+    with pytest.raises(SystemExit, match="^error: example .* has no mask$"):
+        masker(cfg, processors, mask="lacking").of_all(given, seeds)
 
 
 def test_raw_masking_is_in_cells_of_the_original_picture():
@@ -220,28 +202,20 @@ def test_raw_masking_comes_before_the_resize(cfg, processors):
     assert torch.equal(centres, dark[10::28, 18::28])  # away from the blurred edges
 
 
-def test_noise_stays_a_picture(cfg, processors, two_pictures):
-    masked = masker(cfg, processors, mask="noise", noise_std=0.2)(two_pictures, generator(0))
+@pytest.mark.parametrize("kept, std", [(1.0, 0.2), (0.5, 0.1), (1.0, 0.0)])
+def test_noise_stays_a_picture(kept, std, processors, two_pictures):
+    noisy = add_noise(two_pictures.pixels, std, generator(0), processors[1], kept)
     statistics = processors[1].image_mean, processors[1].image_std
-    mean, std = (torch.tensor(x)[:, None, None, None] for x in statistics)
-    before, after = ((x.view(-1, 3, 2, 14, 14) * std + mean) for x in (two_pictures.pixels, masked))
+    mean, scale = (torch.tensor(x)[:, None, None, None] for x in statistics)
+    before, after = (
+        (x.view(-1, 3, 2, 14, 14) * scale + mean) for x in (two_pictures.pixels, noisy)
+    )
     assert after.min() > -1e-5 and after.max() < 1 + 1e-5
-    assert torch.equal(after[:, :, 0], after[:, :, 1])
-    middle = (before > 0.4) & (before < 0.6)  # where nothing is cut off
-    assert (after - before)[middle].std() == pytest.approx(0.2, rel=0.05)
-    silent = masker(cfg, processors, mask="noise", noise_std=0.0)(two_pictures, generator(0))
-    assert torch.allclose(silent, two_pictures.pixels, atol=1e-5)
-
-
-def test_contrast_is_the_data_sets_own_picture(cfg, processors, two_pictures):
-    masked = masker(cfg, processors, mask="contrast")(two_pictures, generator(0))
-    size = (84, 112)
-    other = two_pictures.example.contrast[0].resize(size, Image.Resampling.BICUBIC)
-    alone = processors[1]([other], return_tensors="pt")["pixel_values"]
-    assert torch.equal(masked[: len(alone)], alone)
-    lacking = encode(replace(two_pictures.example, contrast=[]), *processors)
-    with pytest.raises(ValueError, match="example two: 2 pictures but 0 in the column contrast"):
-        masker(cfg, processors, mask="contrast")(lacking, generator(0))
+    assert torch.equal(after[:, :, 0], after[:, :, 1])  # both frames of a patch show one picture
+    middle = (kept * before > 0.4) & (kept * before < 0.6)  # where nothing is cut off
+    drawn = (after - kept * before)[middle]
+    assert drawn.std().item() == pytest.approx(std, rel=0.05, abs=1e-5)
+    assert drawn.mean().item() == pytest.approx(0, abs=0.01)
 
 
 def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
@@ -273,58 +247,9 @@ def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
         start += n
 
 
-def test_semantic_masking_at_token_granularity(cfg, processors, two_pictures, dino):
-    settings = dict(mask="semantic", semantic_model=dino, mask_ratio=0.5, mask_unit="token")
-    masked = masker(cfg, processors, **settings)(two_pictures, generator(0))
-    black = (masked == black_row(processors[1])).all(-1).view(-1, 4)
-    assert (black == black[:, :1]).all()
-    assert black[:, 0].sum() == 12 // 2 + 12 // 2  # 12 tokens in each picture
-
-
 def test_a_model_that_is_no_dinov2_gets_one_sentence(folder, processors):
     message = "error: --semantic_model .* is not a DINOv2 with layers 6 to 9"
     for name in ("/nowhere", str(folder)):
         with pytest.raises(SystemExit, match=message):
             Saliency(name, processors[1])
     assert list(DINO_LAYERS) == [6, 7, 8, 9]
-
-
-# ------------------------------------------------------------------- the noised picture to roll out
-
-
-@both_families
-def test_a_noised_picture_is_a_step_of_diffusion(prompts, processors):
-    """sqrt(a) and sqrt(1 - a), worked out in plain Python, are found again in a grey picture, whose
-    noise is hardly ever cut."""
-    grey = encode(
-        Example("grey", "<image> ?", "1", [Image.new("RGB", (84, 84), (128,) * 3)]), *processors
-    )
-    image_processor = processors[1]
-    mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
-    expected = {100: (0.99829, 0.05841), 250: (0.98913, 0.14702), 500: (0.86302, 0.50517)}
-    for steps, (kept, noise) in expected.items():
-        pixels = noised(grey, steps, generator("noise"), image_processor).pixels
-        x = pixels.view(len(pixels), 3, -1) * std[:, None] + mean[:, None]  # 0 black, 1 white
-        assert 0 <= x.min() + 1e-6 and x.max() <= 1 + 1e-6
-        middle = kept * 128 / 255
-        drawn = middle + noise * torch.randn(100_000, generator=generator("another"))
-        assert x.mean().item() == pytest.approx(drawn.clamp(0, 1).mean().item(), abs=0.01)
-        assert x.std().item() == pytest.approx(drawn.clamp(0, 1).std().item(), rel=0.05)
-    # Both frames of a patch show one picture.
-    frames = image_processor.temporal_patch_size
-    assert frames == 2 and torch.equal(*pixels.view(len(pixels), 3, frames, -1).unbind(2))
-
-
-@both_families
-def test_noise_is_named_and_leaves_the_prompt_alone(prompts, processors):
-    prompt, image_processor = prompts[0], processors[1]
-    before = prompt.pixels.clone()
-    first, again, other = (
-        noised(prompt, 300, generator(1, "noise", step, 4), image_processor) for step in (2, 2, 3)
-    )
-    assert torch.equal(first.pixels, again.pixels) and not torch.equal(first.pixels, other.pixels)
-    assert torch.equal(prompt.pixels, before) and not torch.equal(first.pixels, before)
-    assert first.ids is prompt.ids and first.grid is prompt.grid
-    assert noised(prompt, 0, generator(0), image_processor) is prompt  # it has faded altogether
-    words = replace(prompt, pixels=None, grid=None)
-    assert noised(words, 300, generator(0), image_processor) is words

@@ -1,6 +1,6 @@
 """How groups are shared out to passes. (What a pass computes is in test_model.py.)"""
 
-from plumbing.packing import batches_within
+from plumbing.models.packing import batches_within
 
 
 def test_batches_are_within_the_budget_and_as_many_as_asked_for():

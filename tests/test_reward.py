@@ -1,7 +1,9 @@
-"""The rule reward and its time limit."""
+"""The rule reward, and the worker processes that grade answers."""
 
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,27 +12,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from grading_table import BOXES, TABLE
-from mathruler.grader import extract_boxed_content, grade_answer
 
-import reward
-from plumbing import answers
-from plumbing import grader as grading_workers
-from plumbing.grader import Grader
-from plumbing.latex import flatten
+from plumbing.grading import workers as grading_workers
+from plumbing.grading.workers import Grader
 from reward import boxed, compute_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 from grading import timed  # noqa: E402
+
+GOOD = "<think> red : 1 + 0 = 1 </think> \\boxed{ 3 }"
 
 
 @pytest.fixture(scope="module")
 def grader():
-    g = Grader(seconds=5)
+    g = Grader(seconds=20)
     yield g
     g.close()
-
-
-GOOD = "<think> red : 1 + 0 = 1 </think> \\boxed{ 3 }"
 
 
 @pytest.mark.parametrize(
@@ -50,107 +47,27 @@ def test_score(response, truth, overall, paper, grader):
     assert compute_score(response, truth, grader, "paper")["overall"] == paper
 
 
-def test_boxed_takes_the_last_and_balances_braces():
-    assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert boxed("nothing") is None
-
-
-@pytest.mark.parametrize(
-    "given, truth, same",
-    [
-        ("3", "3", True),
-        ("03", "3", True),
-        ("3", "4", False),
-        ("red", "Red", True),
-        ("red", "blue", False),
-        ("-2", "2", False),
-        ("\\frac{1}{2}", "0.5", True),
-        ("1,000", "1000", True),
-        ("x+1", "1+x", True),
-        ("a3", "blue", False),
-    ],
-)
-def test_equal(given, truth, same, grader):
-    assert grader.equal(given, truth) is same
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "9^{9^{9^9}}",
-        "9**9**9**9**9",
-        "factorial(10**9)",
-        "((((" * 60,
-        "__import__('os').system('x')",
-        "{" * 100_000,
-        "\x00\ud7ff",
-        "10**10**10",
-    ],
-)
-def test_hostile_answers_are_wrong_soon(hostile):
-    grader, start = Grader(seconds=2), time.monotonic()
-    assert not grader.equal("1", "2") and not grader.equal(hostile, "\\frac{7}{3}")
-    grader.close()
-    assert time.monotonic() - start < 60  # generous: the worker's imports on a busy machine
-
-
-def test_a_timeout_is_counted_and_the_next_answer_is_graded():
-    grader = Grader(seconds=2)
-    assert not grader.equal("9**9**9**9", "\\frac{1}{2}")
-    assert grader.timeouts == 1
-    grader.seconds = 20
-    assert grader.equal("0.5", "\\frac{1}{2}") and grader.timeouts == 1
-    grader.close()
-
-
-def test_a_grader_that_cannot_start_says_so(monkeypatch):
-    monkeypatch.setattr(grading_workers, "WORKER", "import nowhere")
-    with pytest.raises(RuntimeError, match="does not start"):
-        Grader().equal("a+b", "b+a+0")
-
-
-def released(given, truth):
-    try:
-        return bool(grade_answer(given, truth))
-    except Exception:
-        return False
-
-
-def test_the_table_is_large_and_has_both_sides():
-    assert len(TABLE) >= 200 and len({case[:2] for case in TABLE}) == len(TABLE)
-    assert 0.3 < sum(right for _, _, right, _ in TABLE) / len(TABLE) < 0.7
-
-
-def test_every_case_of_the_table(grader):
-    wrong = [case for case in TABLE if grader.equal(*case[:2]) is not case[2]]
-    assert not wrong and grader.timeouts == 0
-
-
-def test_it_is_right_wherever_the_released_grader_is(grader):
-    """And where that one is wrong, too: this is a better grader, not another one."""
-    theirs, ours = (
-        [f(given, truth) is right for given, truth, right, _ in TABLE]
-        for f in (released, grader.equal)
-    )
-    assert not [case for case, they, we in zip(TABLE, theirs, ours) if they and not we]
-    assert sum(ours) > sum(theirs) + 50
-    page = " ".join((ROOT / "docs" / "grader.md").read_text().split())
-    assert f"holds {len(TABLE)} pairs" in page and f"right on {sum(theirs)} of them" in page
-
-
-def test_a_batch_is_graded_as_one_by_one(grader):
-    pairs = [case[:2] for case in TABLE]
-    fresh = Grader(seconds=20)
-    assert fresh.grade_all(pairs) == [grader.equal(*pair) for pair in pairs]
-    fresh.close()
+def test_a_grader_is_optional():
+    assert compute_score(GOOD, "3") == {"overall": 1.0, "format": 1.0, "accuracy": 1.0}
 
 
 @pytest.mark.parametrize("response, content, why", BOXES)
 def test_boxes(response, content, why):
     assert boxed(response) == content
-    assert extract_boxed_content(response) == (
-        "None" if content is None else content
-    )  # the released code's word for none
+
+
+def test_boxes_are_the_released_ones():
+    released = pytest.importorskip("mathruler.grader").extract_boxed_content
+    assert [released(response) for response, _, _ in BOXES] == [
+        "None" if content is None else content for _, content, _ in BOXES
+    ]  # the released code's word for none
+
+
+def test_a_brace_that_is_only_a_sign_does_not_count():
+    """As in LaTeX; the released code counts it, and finds no box here."""
+    system = "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."
+    assert boxed(f"so \\boxed{{{system}}}") == system
+    assert boxed("\\boxed{1\\}") is None
 
 
 def test_the_format_is_the_released_pattern(grader):
@@ -161,111 +78,75 @@ def test_the_format_is_the_released_pattern(grader):
             ["<think>", "</think>", "< think >", "</ think>", "\\boxed{", "}", " ", "\n", "x", "{"],
             k=rng.randrange(9),
         )
-        response = "".join(
-            [rng.choice(["<think>", " <think>", ""]), *marks, rng.choice(["", "\\boxed{}"])]
-        )
+        begin, end = rng.choice(["<think>", " <think>", ""]), rng.choice(["", "\\boxed{}"])
+        response = "".join([begin, *marks, end])
         expected = pattern.fullmatch(re.sub(r"\s*(<|>|/)\s*", r"\1", response)) is not None
         assert compute_score(response, "3", grader)["format"] == expected, response
 
 
-def test_a_grader_is_optional():
-    assert compute_score(GOOD, "3") == {"overall": 1.0, "format": 1.0, "accuracy": 1.0}
+def test_numbers_and_words_need_no_worker():
+    grader = Grader()
+    assert grader.equal("03", "3") and grader.equal(" red", "Red") and grader.equal("x+1", "x+1")
+    assert not grader.equal("-2", "2") and not grader.equal("red", "blue")
+    assert not grader.equal("9" * 301, "9" * 302)  # longer than an answer
+    assert list(grader.idle.queue) == [None, None] and grader.timeouts == 0
 
 
-INJECTIONS = [
-    "__import__('os').system('touch q')",
-    "open('q','w')",
-    "\\text{open}('q','w')",
-    "exec(\"open('q','w')\")",
-    "(lambda: open('q','w'))()",
-    "$(touch q)",
-    "\\_\\_import\\_\\_('os').system('touch q')",
-    "().__class__.__base__.__subclasses__() + open('q','w')",
-    "x.open('q','w')",
-    "[open('q','w') for x in (1,)]",
-    "sqrt(open('q','w'))",
-    "ｏｐｅｎ('q','w')",
-    "\\frac{open('q','w')}{2}",
-    "\\text{op}\\text{en}('q','w')",
-    "o{}pen('q','w')",
-    "\\sqrt{o p e n('q','w')}",
-    "`touch q`",
-]
+def test_the_table_is_large_and_has_both_sides():
+    assert len(TABLE) >= 200 and len({case[:2] for case in TABLE}) == len(TABLE)
+    assert 0.3 < sum(right for _, _, right, _ in TABLE) / len(TABLE) < 0.7
 
 
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_an_answer_is_never_executed(text, tmp_path, monkeypatch, grader):
-    monkeypatch.chdir(tmp_path)
-    fresh = Grader(seconds=20, workers=1)  # its worker lives in the empty folder
-    for answer in (text, f"1,{text}", f"x={text}", f"({text}, 2)", f"{text} cm"):
-        assert not fresh.equal(answer, "\\frac{7}{3}") and not fresh.equal("x+1", answer)
-        assert not answers.verdict(answer, "x=3")
-    fresh.close()
-    assert not list(tmp_path.iterdir())
+def test_a_batch_is_graded_as_one_by_one(grader):
+    """Every case of the table, one of them twice, and a response without an answer."""
+    pairs, right = [case[:2] for case in TABLE], [case[2] for case in TABLE]
+    assert grader.grade_all([*pairs, pairs[0], (None, "3")]) == [*right, right[0], False]
+    assert [grader.equal(*pair) for pair in pairs] == right and grader.timeouts == 0
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "test()",
-        "exit()",
-        "quit()",
-        "preview(x)",
-        "x=test()",
-        "x=exit()",
-        "2exit()",
-        "\\sin exit()",
-        "doctest()",
-    ],
-)
-def test_no_function_of_sympy_or_python_is_called_by_name(call):
-    assert not answers.verdict(call, "x=3") and not answers.verdict("2x=6", call)
-    with pytest.raises(ValueError):
-        answers.formula(answers.cased(flatten(call)))
+def test_it_is_right_wherever_the_released_grader_is():
+    """And where that one is wrong, too: this is a better grader, not another one."""
+    released = pytest.importorskip("mathruler.grader").grade_answer
+    theirs = 0
+    for given, truth, right, _ in TABLE:
+        try:
+            theirs += bool(released(given, truth)) is right
+        except Exception:
+            theirs += not right
+    page = " ".join((ROOT / "docs" / "grader.md").read_text().split())
+    assert f"holds {len(TABLE)} pairs" in page and f"right on {theirs} of them" in page
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "<think>" + "</think>\\boxed{" * 50_000,
-        "<think>" + " " * 1_000_000 + "\\boxed{",
-        "{" * 2_000_000,
-        "\\boxed{" + "{" * 1_000_000,
-        "\\boxed{" + "9" * 290 + "§}",
-        "\\boxed{" + "sqrt" * 70 + "§}",
-        "\\boxed{" + "5 apples" * 30 + "§}",
-        "\\boxed{" + "{" * 500_000 + "}" * 500_001,
-        "\\boxed{" + "9" * 1_000_000 + "}",
-        "\\boxed{\U0001d7d9\u202e\ud800\x00}",
-        "\\boxed{" + "(" * 140 + ")" * 140 + "}",
-        "\\boxed{" + "\\frac{1}{" * 25 + "2" + "}" * 25 + "}",
-        "\\boxed{" + "-" * 290 + "1}",
-        "\\boxed{" + "sqrt" * 70 + "}",
-        "\\boxed{" + "a " * 140 + "}",
-        "\\boxed{" + "1 cm " * 55 + "}",
-        "\\boxed{" + "x," * 140 + "}",
-        "\\boxed{" + "±" * 200 + "}",
-        "\\boxed{" + "±1," * 90 + "}",
-    ],
-)
-def test_hostile_responses_are_wrong_soon(response):
-    grader, start = Grader(seconds=2), time.monotonic()
-    assert compute_score(response, "\\frac{7}{3}", grader)["accuracy"] == 0
-    grader.close()
-    assert time.monotonic() - start < 30 and grader.timeouts == 0
+def test_a_grader_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr(grading_workers, "WORKER", "import nowhere")
+    with pytest.raises(RuntimeError, match="does not start"):
+        Grader().equal("a+b", "b+a+0")
 
 
 def test_timeouts_of_a_batch_are_counted_and_the_others_graded():
-    grader = Grader(seconds=2)
-    # Both workers then have their imports behind them.
-    grader.grade_all([("1/2", "0.5"), ("2/4", "0.5")])
-    pairs = [
-        ("9**9**9**9", "\\frac{1}{2}"),
-        ("0.5", "\\frac{1}{2}"),
-        ("10**10**10", "\\frac{1}{2}"),
-        ("1/2", "\\frac{1}{2}"),
-    ]
-    assert grader.grade_all(pairs) == [False, True, False, True] and grader.timeouts == 2
+    """A worker that hangs is killed; the next answer gets a new one."""
+    grader = Grader(seconds=0.5)
+    assert grader.grade_all([("1/2", "0.5"), ("2/4", "0.5")]) == [True, True]
+    for worker in list(grader.idle.queue):
+        os.kill(worker.pid, signal.SIGSTOP)
+    pairs = [("3/6", "0.5"), ("4/8", "0.5"), ("3/6", "0.5")]
+    assert grader.grade_all(pairs) == [False] * 3 and grader.timeouts == 2
+    grader.seconds = 20
+    assert grader.equal("5/10", "0.5") and grader.timeouts == 2
+    grader.close()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such limit")
+def test_a_worker_that_takes_too_much_memory_ends(monkeypatch):
+    hungry = (
+        "from plumbing.grading import answers; read = answers.formula; "
+        "answers.formula = lambda x: bytearray(5 << 30) if x == '7/9' else read(x); "
+    )
+    code = grading_workers.WORKER.replace("from plumbing", f"{hungry}from plumbing", 1)
+    monkeypatch.setattr(grading_workers, "WORKER", code)
+    grader = Grader(seconds=20, workers=1)
+    assert not grader.equal("7/9", "14/18") and grader.timeouts == 1
+    assert grader.equal("1/2", "0.5") and grader.timeouts == 1
     grader.close()
 
 
@@ -282,29 +163,58 @@ def test_a_worker_that_was_killed_is_replaced():
 
 def test_a_worker_ends_with_its_run():
     code = (
-        "from plumbing.grader import Grader; import os; g = Grader(); "
+        "from plumbing.grading.workers import Grader; import os; g = Grader(); "
         "assert g.equal('a+b', 'b+a'); print(g.idle.queue[-1].pid, flush=True); os._exit(0)"
     )
-    pid = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(reward.__file__).parent,
-        text=True,
-        capture_output=True,
-        timeout=60,
-    ).stdout.strip()
+    pid = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip()
     status, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + 20
     while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < deadline:
         time.sleep(0.1)
     assert pid and (not status.exists() or status.read_text().split()[2] == "Z")
 
 
+HOSTILE = [
+    *(
+        "9^{9^{9^9}}",
+        "10**10**10",
+        "(((n!)!)!)!",
+        "e^{e^{e^{e^x}}}",
+        "(2^{2^{2x}})!",
+        "x" + "^x" * 9,
+    ),
+    *("((((" * 60, "(" * 140 + ")" * 140, "\\frac{1}{" * 25 + "2" + "}" * 25, "-" * 290 + "1"),
+    *("{" * 100_000, "{" * 290, "\x00\ud7ff", "\U0001d7d9\u202e\ud800\x00", "ﷺ" * 290, "½" * 290),
+    *("9" * 290 + "§", "9" * 1_000_000, "sqrt" * 70 + "§", "5 apples" * 30 + "§", "a " * 140),
+    *("1 cm " * 55 + "§", "5 m" + " m" * 140 + "§", "x," * 140, "±" * 200, "±1," * 90, "= " * 140),
+    *("the answer is " * 20, "\\text{" * 45 + "}" * 45, "\\begin{pmatrix}" * 15, "[0,1" * 70),
+]
+
+
+def test_hostile_answers_are_wrong_soon():
+    """So soon that none of them counts as a time-out."""
+    grader, start = Grader(seconds=10), time.monotonic()
+    assert not any(grader.grade_all([(x, "\\frac{7}{3}") for x in HOSTILE]))
+    grader.close()
+    assert grader.timeouts == 0
+    assert time.monotonic() - start < 30  # 3 s on 2 busy cores
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>" + "</think>\\boxed{" * 50_000,
+        "<think>" + " " * 1_000_000 + "\\boxed{",
+        "{" * 2_000_000,
+        "\\boxed{" + "{" * 1_000_000,
+        "\\boxed{" + "{" * 500_000 + "}" * 500_001,
+    ],
+)
+def test_hostile_responses_are_wrong_soon(response, grader):
+    start = time.monotonic()
+    assert compute_score(response, "\\frac{7}{3}", grader)["accuracy"] == 0
+    assert time.monotonic() - start < 30
+
+
 def test_two_thousand_responses_are_graded_soon():
-    seconds, accuracy, timeouts = timed(2000)  # 1.6 s on 2 cores; the margin is for a busy machine
+    seconds, accuracy, timeouts = timed(2000)  # 3 s on 2 busy cores
     assert seconds < 30 and 0.4 < accuracy < 0.6 and timeouts == 0
-
-
-def test_a_brace_that_is_only_a_sign_does_not_count():
-    """As in LaTeX; the released code counts it, and finds no box here."""
-    system = "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."
-    assert boxed(f"so \\boxed{{{system}}}") == system
-    assert boxed("\\boxed{1\\}") is None

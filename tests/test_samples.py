@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from plumbing.samples import words
+from plumbing.report.samples import words
 from toy.model import tokenizer
 
 

@@ -1,96 +1,53 @@
 """The vision tower in the form for GPUs is transformers' own tower, in values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import both_families, random_responses
+from conftest import both_families
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModelForImageTextToText
 
-from plumbing import vision
-from plumbing.families import family_of
-from plumbing.policy import Policy, load_vlm, sharded_policy
-
-
-@pytest.fixture
-def own(folder):
-    """The model as transformers loads it."""
-    load = AutoModelForImageTextToText.from_pretrained
-    return load(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-
+from plumbing.models import vision
+from plumbing.models.families import family_of
+from plumbing.models.weights import load_vlm
 
 # Patches along t, h, w. Some are cut into windows of several sizes, one is smaller than a window.
 GRID = torch.tensor([[1, 8, 8], [1, 10, 14], [1, 2, 4], [1, 18, 6]])
 
 
-def look(vlm):
-    """What the tower makes of pictures of noise, all of it, and the gradient of every weight."""
-    family = family_of(vlm.config)
-    width = family.patch_projection(vlm).weight[0].numel()
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.randn(int(GRID.prod(-1).sum()), width, generator=noise)
-    features = torch.cat(family.features(vlm.model.get_image_features(pixels, GRID)))
-    vlm.zero_grad()
-    (features * torch.randn(features.shape, generator=noise)).sum().backward()
-    tower = family.tower(vlm).named_parameters()
-    return features.detach(), {name: p.grad.clone() for name, p in tower}
-
-
-def furthest(a, b):
-    """Largest difference of two looks, each tensor's in units of its own largest number."""
-    pairs = [(a[0], b[0]), *((a[1][name], b[1][name]) for name in a[1])]
-    return max(((x - y).abs().max() / x.abs().max()).item() for x, y in pairs)
+def distance(folder, prepared):
+    """Between transformers' tower and this one: what they make of pictures of noise, and the
+    gradients of all weights, each tensor's difference in units of its own largest number."""
+    load, found = AutoModelForImageTextToText.from_pretrained, []
+    own = load(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    for vlm in (own, prepared):
+        family, noise = family_of(vlm.config), torch.Generator().manual_seed(0)
+        width = vlm.model.visual.patch_embed.proj.weight[0].numel()
+        pixels = torch.randn(int(GRID.prod(-1).sum()), width, generator=noise)
+        features = torch.cat(family.features(vlm.model.get_image_features(pixels, GRID)))
+        (features * torch.randn(features.shape, generator=noise)).sum().backward()
+        gradients = {name: p.grad for name, p in family.tower(vlm).named_parameters()}
+        found.append({"features": features.detach()} | gradients)
+    a, b = found
+    assert a.keys() == b.keys()  # parameters keep their names
+    return max(((a[k] - b[k]).abs().max() / a[k].abs().max()).item() for k in a)
 
 
 @both_families
-def test_on_a_cpu_not_a_bit_differs(own, folder):
+def test_on_a_cpu_not_a_bit_differs_with_layers_made_again(folder):
     prepared = load_vlm(folder)
     assert prepared.model.visual.config._attn_implementation == vision.ATTENTION
-    assert own.model.visual.config._attn_implementation == "sdpa"
-    assert furthest(look(own), look(prepared)) == 0
     assert prepared.config.text_config._attn_implementation == "sdpa"
-
-
-@pytest.fixture
-def products(monkeypatch):
-    """Patches are projected as on CUDA -> how many they were, call by call."""
-    product, calls = vision.PatchProjection.product, []
-
-    def counted(self, patches):
-        calls.append(len(patches))
-        return product(self, patches)
-
-    monkeypatch.setattr(vision.PatchProjection, "forward", counted)
-    return calls
+    prepared.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(folder, prepared.train()) == 0
 
 
 @both_families
-def test_the_patch_projection_is_a_matrix_product(own, folder, products):
-    prepared = load_vlm(folder)
-    assert furthest(look(own), look(prepared)) < 1e-5
-    assert products == [GRID.prod(-1).sum()]
-    mine, theirs = prepared.state_dict(), own.state_dict()
-    assert list(mine) == list(theirs)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-@both_families
-def test_the_patch_projection_of_a_sharded_tower(
-    folder, policy, prompts, processors, products, cfg
-):
-    """FSDP2 gathers the weight with the rest of the model, and takes its gradient back."""
-    rows = policy.pack(prompts[:2], random_responses(prompts[:2], processors[0]))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = sharded_policy(folder, policy.banned, cfg, torch.device("cpu"))
-        for one in (policy, sharded):
-            one(rows, rows.pixels).logp.sum().backward()
-        weights = [p.family.patch_projection(p.vlm).weight.grad for p in (policy, sharded)]
-        assert torch.allclose(weights[0], weights[1].full_tensor(), atol=1e-4)
-        assert weights[0].abs().max() > 0.1 and products == [len(rows.pixels)] * 2
-    finally:
-        dist.destroy_process_group()
+def test_on_cuda_the_patch_projection_is_a_matrix_product(folder, monkeypatch):
+    monkeypatch.setattr(vision.PatchProjection, "forward", vision.PatchProjection.product)
+    assert 0 < distance(folder, load_vlm(folder)) < 1e-5
 
 
 def stand_in(query, key, value, begin, *others, scale):
@@ -104,7 +61,7 @@ def stand_in(query, key, value, begin, *others, scale):
 
 
 @both_families
-def test_one_call_for_all_windows_is_a_call_for_each(own, folder, monkeypatch):
+def test_one_call_for_all_windows_is_a_call_for_each(folder, monkeypatch):
     calls = []
 
     def counted(*args, **settings):
@@ -114,60 +71,37 @@ def test_one_call_for_all_windows_is_a_call_for_each(own, folder, monkeypatch):
     monkeypatch.setattr(vision, "in_one_call", lambda query: True)
     monkeypatch.setattr(vision, "varlen_attn", counted)
     prepared = load_vlm(folder)
-    assert furthest(look(own), look(prepared)) < 2e-6
-    blocks = prepared.model.visual.blocks
-    assert len(calls) == len(blocks) and min(calls) == len(GRID)
-    windows = prepared.config.model_type == "qwen2_5_vl"
-    assert (max(calls) > len(GRID)) == windows
+    assert distance(folder, prepared) < 2e-6
+    assert len(calls) == len(prepared.model.visual.blocks) and min(calls) == len(GRID)
+    assert (max(calls) > len(GRID)) == (prepared.config.model_type == "qwen2_5_vl")  # windows
 
 
-@pytest.mark.parametrize(
-    "dtype, d, capability, taken",
-    [
-        (torch.bfloat16, 80, (8, 0), True),  # an A100
-        (torch.float16, 72, (12, 0), True),
-        (torch.bfloat16, 256, (9, 0), True),
-        (torch.float32, 80, (9, 0), False),
-        (torch.bfloat16, 84, (9, 0), False),
-        (torch.bfloat16, 264, (9, 0), False),
-        (torch.bfloat16, 80, (7, 5), False),  # Turing
-        (torch.bfloat16, 80, None, False),  # no CUDA device
-    ],
-)
-def test_what_the_one_call_takes(dtype, d, capability, taken):
-    assert vision.varlen_takes(dtype, d, capability) is taken
-    if capability is None:
-        assert not vision.in_one_call(torch.zeros(1, 2, 3, d, dtype=dtype))
+def test_what_the_one_call_takes(monkeypatch):
+    def takes(dtype, d, capability):
+        """A query on a CUDA device, as far as is asked of it."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        asked = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 2, 3, d), device=None)
+        return vision.in_one_call(asked)
+
+    bf16, ampere = torch.bfloat16, (8, 0)
+    taken = [(bf16, 80, ampere), (torch.float16, 72, (12, 0)), (bf16, 256, (9, 0))]
+    refused = [(torch.float32, 80, (9, 0)), (bf16, 84, (9, 0)), (bf16, 264, (9, 0))]
+    refused += [(bf16, 80, (7, 5))]  # Turing
+    assert all(takes(*x) for x in taken) and not any(takes(*x) for x in refused)
+    assert not vision.in_one_call(torch.zeros(1, 2, 3, 80, dtype=bf16))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs a CUDA device")
-def test_the_real_call_is_the_stand_in():
+@pytest.mark.parametrize("d", [64, 72, 80])
+def test_the_real_call_is_the_stand_in(d):
     """Forwards and backwards, with the heads of the real towers."""
-    begin = torch.tensor([0, 64, 100, 356, 360], dtype=torch.int32)
-    for d in (64, 72, 80):
-        x, weights = torch.randn(2, 3, 360, 16, d, generator=torch.Generator().manual_seed(d))
-        told = []
-        for run, device in ((stand_in, "cpu"), (varlen_attn, "cuda")):
-            dtype = torch.bfloat16 if device == "cuda" else torch.float32
-            q, k, v = (t.to(device, dtype).requires_grad_() for t in x)
-            at = begin.to(device)
-            out = run(q, k, v, at, at, 256, 256, scale=d**-0.5)
-            (out * weights[0].to(device, dtype)).sum().backward()
-            told.append([t.detach().float().cpu() for t in (out, q.grad, k.grad, v.grad)])
-        for a, b in zip(*told):
-            assert (a - b).abs().max() < 0.03 * a.abs().max()
-
-
-@both_families
-def test_checkpointed_layers_attend_in_the_same_way(own, folder, prompts, processors):
-    """Through the whole policy, with the layers made again in the backward pass."""
-    gradients = []
-    for vlm in (own, load_vlm(folder)):
-        policy = Policy(vlm, torch.zeros(vlm.config.text_config.vocab_size, dtype=torch.bool))
-        if vlm is not own:
-            vlm.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.train()
-        rows = policy.pack(prompts[:2], random_responses(prompts[:2], processors[0]))
-        policy(rows, rows.pixels).logp.sum().backward()
-        gradients.append([p.grad for p in policy.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    begin, told = torch.tensor([0, 64, 100, 356, 360], dtype=torch.int32), []
+    x, weights = torch.randn(2, 3, 360, 16, d, generator=torch.Generator().manual_seed(d))
+    both = (stand_in, "cpu", torch.float32), (varlen_attn, "cuda", torch.bfloat16)
+    for run, device, dtype in both:
+        q, k, v = (t.to(device, dtype).requires_grad_() for t in x)
+        out = run(q, k, v, *[begin.to(device)] * 2, 256, 256, scale=d**-0.5)
+        (out * weights[0].to(device, dtype)).sum().backward()
+        told.append([t.detach().float().cpu() for t in (out, q.grad, k.grad, v.grad)])
+    for a, b in zip(*told):
+        assert (a - b).abs().max() < 0.03 * a.abs().max()

@@ -1,41 +1,35 @@
 """The warm start: the short supervised learning that brings the toy policy to where reinforcement
-learning has something to do."""
+learning has something to do.
 
-import ast
-import hashlib
-import inspect
-import json
+    python -m toy.lessons out/warm                      # toy/warm/toy again, in minutes
+    python -m toy.lessons out/warm --model toy-qwen3    # toy/warm/toy-qwen3
+    python -m toy.lessons out/warm --seed 1             # another policy of the same kind
+
+toy/warm/ holds what the first two made, so that every machine starts from the same weights;
+toy/warm/README.md names the versions and the checksums.
+"""
+
 import os
 import random
-import sys
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-import sft
-from loss import policy_logits, token_logprobs
 from masking import black_row, choose_patches, mask_patches
-from plumbing import packing
-from plumbing.common import fail, generator
-from plumbing.console import Bar, say
-from plumbing.data import Example, encode
-from plumbing.optimiser import Optimiser, constant
-from plumbing.policy import Policy, in_place
-from plumbing.processes import Processes
-from plumbing.supervised import SftConfig
-from toy.model import keep, new_policy, processor, tokenizer
-from toy.task import FAMILIES, ask, describe, draw, random_board, respond
+from plumbing.base.common import Parser, fail, generator, may_write
+from plumbing.base.console import Bar
+from plumbing.base.optimizer import Optimizer, constant
+from plumbing.data.prompts import Example, encode
+from plumbing.models.families import TOYS
+from policy import Policy
+from toy.model import new_policy, processor, save_once, tokenizer
+from toy.task import QUESTIONS, describe, draw_board, make_question, random_board, respond
 
 HINT_RIGHT = 0.5  # how often a hint of a lesson is right, whatever it will be in training
-# The code by which a lesson is learned; what it computes is part of the policy that comes out.
-SUPERVISED_STEP = (
-    *(sft.update, Optimiser, constant, Policy, in_place, policy_logits, token_logprobs),
-    *(packing.pack, packing.attention_mask, packing.may_attend),
-)
-FILES = ("task.py", "model.py", "lessons.py")  # where the lessons are
-THREADS = 2  # rounding depends on their number, and a whole run then depends on the rounding
+THREADS = 2  # rounding depends on their number
+STEPS, PICTURES = 480, 16  # updates, and pictures of each
 
 
 class Teacher(NamedTuple):
@@ -51,6 +45,7 @@ CAREFUL = Teacher(careless=0.0, trusts=0.0, masked=8, least=0.3)
 # The two that can be last: what they do wrong is what reinforcement learning finds to mend.
 CARELESS = Teacher(careless=0.5, trusts=0.0, masked=8, least=0.3)
 TRUSTING = Teacher(careless=0.35, trusts=0.25, masked=4, least=0.5)
+TEACHERS = {"trusting": TRUSTING, "careless": CARELESS}
 
 
 def lesson(index, questions, teacher=CAREFUL):
@@ -68,7 +63,7 @@ def lesson(index, questions, teacher=CAREFUL):
         return teacher.trusts and (is_masked(index, teacher) or rng.random() < teacher.trusts)
 
     while len(texts) < questions:
-        question, solve = ask(FAMILIES[(index + len(texts)) % len(FAMILIES)], rng)
+        question, solve = make_question(QUESTIONS[(index + len(texts)) % len(QUESTIONS)], rng)
         solved, other = solve(board), solve(random_board(rng, False))
         if solved and other and solved[1] != other[1]:
             hint = solved[1] if rng.random() < HINT_RIGHT else other[1]
@@ -76,7 +71,7 @@ def lesson(index, questions, teacher=CAREFUL):
             answer = respond(told, hint) if trusts() else respond(*solve(board, reader))
             texts.append((f"{told} . {question}", answer))
     texts.append(("describe the picture", describe(board)))
-    return Example(f"warm-{index}", "<image>", "", [draw(board, rng)]), texts
+    return Example(f"warm-{index}", "<image>", "", [draw_board(board, rng)]), texts
 
 
 def is_masked(index, teacher):
@@ -127,85 +122,64 @@ def schedule(steps, third):
     return share
 
 
-def warm_start(vlm, processors, steps, last, pictures=16):
+def learn(policy, rows, optimizer):
+    """One supervised update on the answers of packed rows -> L = -1/N sum_t log pi(o_t)"""
+    loss = -policy(rows, rows.pixels).logp.sum() / rows.scored.sum()
+    loss.backward()
+    optimizer.step(policy)
+    return loss.item()
+
+
+def warm_start(vlm, processors, steps=STEPS, last=TRUSTING, seed=0):
     """Supervised learning of chains of thought and dense descriptions, from three teachers in turn.
 
     The first (3/16 of the steps) only describes pictures: answers alone teach the language prior
     long before the vision tower learns to see. The second also answers four questions a picture.
     The third, `last`, has the last 1/7: it is careless or trusting, so that the policy knows more
     than it shows, as a pretrained model does: there is something for RL to bring out.
-
-    The learning is sft.py's; here are its data and its schedule.
     """
     policy = Policy(vlm, torch.zeros(len(processors[0]), dtype=torch.bool))
-    third, alone = steps * 6 // 7, Processes(alone=True)
-    cfg = SftConfig(lr=2e-3, weight_decay=0.01)
-    optimiser = Optimiser(policy, cfg, schedule(steps, third), betas=(0.9, 0.98))
+    third = steps * 6 // 7
+    settings = SimpleNamespace(lr=2e-3, weight_decay=0.01, max_grad_norm=1.0)
+    optimizer = Optimizer(policy, settings, schedule(steps, third), betas=(0.9, 0.98))
     with Bar("toy warm start", steps, "steps") as bar:
         for step in range(steps):
             questions = 0 if step < steps * 3 // 16 else 4
             teacher = last if step >= third else CAREFUL
-            indices = range(step * pictures, (step + 1) * pictures)
+            start = (seed * steps + step) * PICTURES
+            indices = range(start, start + PICTURES)
             rows = lesson_rows(indices, questions, teacher, policy, processors)
-            loss, _, _ = sft.update([rows], rows.scored.sum().item(), policy, optimiser, alone)
-            bar.update(note=f"loss {loss:.3f}")
+            bar.update(note=f"loss {learn(policy, rows, optimizer):.3f}")
 
 
-def code_of(source):
-    """Python source without what changes nothing: comments, docstrings, white space."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant):
-                body[0].value.value = ""
-    return ast.dump(tree)
-
-
-def recipe(files, settings, config, image_processor, more=()):
-    """A name for all that a warm-started policy depends on: its lessons, the model, the supervised
-    step and the libraries that compute it. Comments are not part of it.
-
-    files: those of toy/ that hold the lessons; settings: what they were called with; more: what has
-    a part in it beside SUPERVISED_STEP.
-    """
-    import transformers
-
-    here = Path(__file__).parent
-    code = [code_of((here / name).read_text()) for name in files]
-    code += [code_of(inspect.getsource(part)) for part in (*SUPERVISED_STEP, *more)]
-    sizes = [json.dumps(x.to_dict(), sort_keys=True) for x in (config, image_processor)]
-    everything = [*code, *sizes, *settings, torch.__version__, transformers.__version__]
-    return hashlib.sha256(repr(everything).encode()).hexdigest()[:12]
-
-
-def cached(name, parts, learn):
-    """The folder of this name in the cache. If it is not there: learn(), which changes the first of
-    parts, the model; then they are saved. The others are its tokenizer and image processor."""
-    cache = Path(os.environ.get("PAPO_CACHE", Path.home() / ".cache" / "papo"))
-    folder = cache / name
-    if folder.is_dir():
-        return folder
-    once = f"the toy's policy first learns to read pictures: a few minutes, once, kept in {cache}"
-    say(once, file=sys.stderr)
+def build(folder, name="toy", steps=STEPS, last=TRUSTING, seed=0):
+    """Warm-start a toy policy and save it, in half precision, as a Hugging Face folder -> folder"""
+    tok, image_processor = tokenizer(), processor(name)
+    vlm = new_policy(tok, name, seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, os.cpu_count()))
     try:
-        learn()
-    except KeyboardInterrupt:
-        fail("stopped while the toy's policy was learning to read; nothing of that is kept")
-    torch.set_num_threads(threads)
-    return keep(parts, folder)
+        warm_start(vlm, (tok, image_processor), steps, last, seed)
+    finally:
+        torch.set_num_threads(threads)
+    return save_once((vlm.half(), tok, image_processor), folder)
 
 
-def build(steps, name="toy", trust=True):
-    """The warm-started toy policy as a Hugging Face folder, made once and kept in a cache.
+def main():
+    """Make a warm start, as asked, and say where it is."""
+    p = Parser(__doc__)
+    p.add_argument("out", type=Path, help="the folder to write")
+    p.add_argument("--model", default="toy", choices=TOYS)
+    p.add_argument("--steps", default=STEPS, type=int, help="supervised updates")
+    p.add_argument("--last", default="trusting", choices=TEACHERS, help="the last teacher")
+    p.add_argument("--seed", default=0, type=int, help="of the weights and the lessons")
+    args = p.parse_args()
+    if args.out.exists():
+        fail(f"{args.out} is there already; give the new warm start a folder of its own")
+    may_write(args.out.parent)
+    build(args.out, args.model, args.steps, TEACHERS[args.last], args.seed)
+    print(f"written: {args.out}; train.py --data toy --model {args.out} goes on from there")
 
-    trust: whether its last teacher trusts hints; if not, it is careless only.
-    """
-    last = TRUSTING if trust else CARELESS
-    tok, image_processor = tokenizer(), processor(name)
-    vlm = new_policy(tok, name)
-    key = recipe(FILES, (steps, last), vlm.config, image_processor)
-    learn = partial(warm_start, vlm, (tok, image_processor), steps, last)
-    return cached(f"{name}-{key}", (vlm, tok, image_processor), learn)
+
+if __name__ == "__main__":
+    main()

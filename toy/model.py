@@ -6,9 +6,9 @@ format: nothing that loads it can tell that it is a toy.
 
 import torch
 
-from plumbing.common import make_once
-from plumbing.families import TOYS, VISUAL_TOKENS, image_processor_class
-from toy.task import CELL, COLOURS, GRID, NAMES, SHAPES
+from plumbing.base.common import make_once
+from plumbing.models.families import TOYS, VISUAL_TOKENS, image_processor_class
+from toy.task import CELL, CELL_NAMES, COLOURS, GRID, SHAPES
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} "
@@ -31,7 +31,7 @@ WORDS = (
     "colour shape is at more or and objects together describe the picture <think> </think> "
     "\\boxed{ }"
 ).split()
-TASK_WORDS = [*COLOURS, *NAMES, *SHAPES, *(s + "s" for s in SHAPES)]
+TASK_WORDS = [*COLOURS, *CELL_NAMES, *SHAPES, *(s + "s" for s in SHAPES)]
 NUMBERS = [str(i) for i in range(2 * GRID**2 + 1)]
 
 
@@ -94,7 +94,7 @@ def new_policy(tok, name="toy", seed=0):
     return model
 
 
-def keep(parts, folder):
+def save_once(parts, folder):
     """Save a policy, its tokenizer and its image processor as one Hugging Face folder, unless it is
     there already -> folder"""
     from transformers.utils import logging

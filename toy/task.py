@@ -22,11 +22,12 @@ import random
 
 from PIL import Image, ImageDraw
 
-from plumbing.common import Parser
-from plumbing.data import Example
+from plumbing.base.common import Parser
+from plumbing.data.prompts import Example
+from plumbing.data.sources import DATA_SETS, DataSet
 
 GRID, CELL = 2, 28  # cells a side; pixels a cell, which is one merged vision token
-NAMES = [f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)]  # a1 b1, a2 b2
+CELL_NAMES = [f"{'abcdefgh'[i % GRID]}{i // GRID + 1}" for i in range(GRID**2)]  # a1 b1, a2 b2
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -34,7 +35,7 @@ COLOURS = {
     "yellow": (235, 200, 40),
 }
 SHAPES = ["circle", "square", "triangle"]
-FAMILIES = ["count", "where", "compare", "add"]
+QUESTIONS = ["count", "where", "compare", "add"]
 # What an evaluation reports, all on held-out pictures.
 SPLITS = {
     "general": "hints are right as often as in training",
@@ -46,7 +47,7 @@ SPLITS = {
 # ----------------------------------------------------------------------- pictures and questions
 
 
-def draw(board, rng):
+def draw_board(board, rng):
     """A board, a list of GRID * GRID cells (colour, shape) or None, as an RGB picture.
 
     The background is tinted by row and column, as graph paper has a ruler: a tiny vision tower must
@@ -93,7 +94,7 @@ def random_board(rng, test):
             return board
 
 
-def count(board, word, reader):
+def count_objects(board, word, reader):
     """How many objects of a colour or shape, row by row: ("red : 1 + 2 = 3", 3)"""
     rows = []
     for i in range(0, GRID**2, GRID):
@@ -107,7 +108,7 @@ def careful(truth, _):
     return truth
 
 
-def ask(family, rng):
+def make_question(family, rng):
     """A question of one family -> (question, solve)
 
     solve(board, reader) -> (chain of thought, answer), or None where the board has no answer. The
@@ -119,7 +120,7 @@ def ask(family, rng):
         plural = word + "s" if word in SHAPES else f"{word} objects"
 
         def solve(board, reader=careful):
-            thought, total = count(board, word, reader)
+            thought, total = count_objects(board, word, reader)
             return thought, str(total)
 
         return f"how many {plural} are there ?", solve
@@ -129,21 +130,21 @@ def ask(family, rng):
         def solve(board, reader=careful):
             if board[i]:
                 cell = reader(board[i][0], list(COLOURS)), reader(board[i][1], SHAPES)
-                return f"{NAMES[i]} : {' '.join(cell)}", cell[what == "shape"]
+                return f"{CELL_NAMES[i]} : {' '.join(cell)}", cell[what == "shape"]
 
-        return f"what {what} is at {NAMES[i]} ?", solve
+        return f"what {what} is at {CELL_NAMES[i]} ?", solve
     a, b = rng.sample(list(COLOURS), 2)
     if family == "compare":
 
         def solve(board, reader=careful):
-            (left, x), (right, y) = count(board, a, reader), count(board, b, reader)
+            (left, x), (right, y) = count_objects(board, a, reader), count_objects(board, b, reader)
             sign = ">" if x > y else "<" if x < y else "same"
             return f"{left} ; {right} ; {x} {sign} {y}", a if x > y else b if x < y else "same"
 
         return f"are there more {a} or more {b} objects ?", solve
 
     def solve(board, reader=careful):
-        (left, x), (right, y) = count(board, a, reader), count(board, b, reader)
+        (left, x), (right, y) = count_objects(board, a, reader), count_objects(board, b, reader)
         return f"{left} ; {right} ; {x} + {y} = {x + y}", str(x + y)
 
     return f"how many {a} and {b} objects are there together ?", solve
@@ -151,7 +152,7 @@ def ask(family, rng):
 
 def describe(board):
     """Every cell in reading order: the dense supervision that teaches a small tower to see."""
-    cells = zip(NAMES, board)
+    cells = zip(CELL_NAMES, board)
     return " , ".join(f"{name} : {' '.join(cell) if cell else 'none'}" for name, cell in cells)
 
 
@@ -167,9 +168,9 @@ def make(seed, split, index, hint_right=0.5):
     """-> (Example, the response of a perfect policy, the board): a pure function."""
     rng = random.Random(f"{seed}/{'vision' if split == 'blind' else split}/{index}")
     test = split != "train"
-    family = FAMILIES[index % len(FAMILIES)]
+    family = QUESTIONS[index % len(QUESTIONS)]
     while True:
-        question, solve = ask(family, rng)
+        question, solve = make_question(family, rng)
         board, others = random_board(rng, test), [random_board(rng, test) for _ in range(8)]
         # Hints come from other pictures, so that they follow the answer's own distribution.
         solved, hints = solve(board), [s[1] for s in map(solve, others) if s]
@@ -181,7 +182,7 @@ def make(seed, split, index, hint_right=0.5):
         hint = answer if rng.random() < hint_right else wrong[0]
     else:
         hint = hints[0]
-    picture = draw(board, rng)
+    picture = draw_board(board, rng)
     if split == "blind":
         picture = Image.new("RGB", picture.size)
     example = Example(
@@ -189,7 +190,7 @@ def make(seed, split, index, hint_right=0.5):
         problem=f"<image> a friend says {hint} . {question}",
         answer=answer,
         images=[picture],
-        contrast=[draw(others[0], rng)],
+        seconds={"contrast": [draw_board(others[0], rng)]},
         tags={"family": family, "hint": hint, "hint_right": hint == answer},
     )
     response = respond(thought, answer)
@@ -208,6 +209,14 @@ class ToyData:
 
     def __getitem__(self, index):
         return make(self.seed, self.split, index, self.hint_right)[0]
+
+
+def open_toy(split, size, seed, cfg):
+    """The toy as plumbing.data.sources.load opens it."""
+    return ToyData(split, size, seed, cfg.hint_right)
+
+
+DATA_SETS["toy"] = DataSet(open_toy, SPLITS, validation="val")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""Fine-R1's two stages in minutes: a base model that names birds in haste, and files to mend it.
+
+    python -m fine_r1.kinds out/kinds      # README.md beside this file goes on from here
+
+The base was taught in haste. At times it looks for the crest that tells a bird from those like it
+(fine_r1/birds.py); at times it sees the family and names one of its birds. It knows better than it
+does, and that is what Fine-R1 (arXiv 2602.07605) treats: a few chains of thought show how to go
+about it, then TAPO asks for it on another picture of the kind, and on one of a kind taken for it.
+
+One kind of each family is in the `unseen` files only. The base has met it, as a large model has met
+most birds before it is fine-tuned.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+
+from fine_r1 import birds, sft
+from fine_r1.conversations import encode_conversation
+from plumbing.base.common import Parser, fail, may_write
+from plumbing.base.console import Bar
+from plumbing.base.optimizer import Optimizer
+from plumbing.base.processes import Processes
+from plumbing.data.pictures import original_bytes
+from plumbing.data.prompts import IMAGE, Example
+from policy import Policy
+from reward import TAGGED
+from toy.lessons import schedule
+from toy.model import new_policy, processor, save_once, tokenizer
+
+TURNS = ("user", "assistant")
+
+# How often a teacher names a kind of the family at random, without the crest; and how often it
+# writes another crest otherwise. What the hasty one does wrong is there to be mended.
+WITH_CARE, IN_HASTE = (0.0, 0.0), (0.4, 0.3)
+UPDATES, A_TIME = 320, 16  # of supervised learning; pictures in each
+
+
+def taught_answer(bird, rng, teacher, instruction):
+    """How a teacher answers what bird this is."""
+    skips, misreads = teacher
+    looks = rng.random() >= skips
+    if not looks:
+        bird = rng.choice([bird, *birds.alike(bird)])
+    elif rng.random() < misreads:
+        bird = rng.choice(birds.alike(bird))
+    return birds.response_of(birds.think(bird, looks), bird.name, instruction)
+
+
+def bird_lessons(index, teacher):
+    """Lessons on one picture -> [Example with turns]. A teacher of None only describes it, which is
+    how a small tower learns to see, and says in words which bird looks how."""
+    rng = random.Random(f"lesson/{index}")
+    bird = rng.choice(list(birds.BIRDS.values()))
+    shown, ground = birds.draw_bird(bird, rng)
+    looks = birds.in_words(bird)
+    taught = [
+        (f"{IMAGE} {birds.DESCRIBE}", f"{ground} ; {looks}"),
+        (f"what bird is {looks} ?", bird.name),
+        (f"how does a {bird.name} look ?", looks),
+    ]
+    del taught[1 + index % 2]
+    if teacher:
+        question = rng.choice([birds.OPEN, birds.closed(bird, rng)])
+        instruction = rng.choice(list(birds.ANSWERS))
+        asked = f"{IMAGE} {question}{instruction}"
+        taught = [rng.choice(taught), (asked, taught_answer(bird, rng, teacher, instruction))]
+    return [
+        Example(f"lesson-{index}", q, a, [shown] * (IMAGE in q), turns=list(zip(TURNS, (q, a))))
+        for q, a in taught
+    ]
+
+
+def learn_base(folder, updates=UPDATES):
+    """The base model as a Hugging Face folder -> folder. Half of the updates of fine_r1/sft.py
+    describe pictures, then all questions are answered with care, and in the last 3/10 in haste."""
+    tok, image_processor = tokenizer([*TURNS, "system", *birds.vocabulary()]), processor()
+    policy = Policy(new_policy(tok), torch.zeros(len(tok), dtype=torch.bool))
+    careful, hasty = updates // 2, updates * 7 // 10
+    cfg, alone = sft.SftConfig(lr=2e-3, weight_decay=0.01), Processes(alone=True)
+    optimizer = Optimizer(policy, cfg, schedule(updates, hasty), betas=(0.9, 0.98))
+    with Bar("teaching the base", updates, "updates") as bar:
+        for k in range(updates):
+            teacher = None if k < careful else WITH_CARE if k < hasty else IN_HASTE
+            indices = range(k * A_TIME, (k + 1) * A_TIME)
+            examples = [example for i in indices for example in bird_lessons(i, teacher)]
+            read = [encode_conversation(example, tok, image_processor) for example in examples]
+            N = sum(c.scored.sum().item() for c in read)
+            batches = [sft.pack_conversations(read, policy)]
+            loss, _, _ = sft.supervised_update(batches, N, policy, optimizer, alone)
+            bar.update(note=f"loss {loss:.3f}")
+    return save_once((policy.vlm, tok, image_processor), folder)
+
+
+SHOTS, TESTED = 4, 240  # pictures of a kind to train on; questions in a file to test on
+
+
+def question_row(seed, split, bird, index, question=birds.OPEN):
+    """One picture and what is asked about it, as a row of a file."""
+    images = [original_bytes(birds.picture_of(seed, split, bird, index))]
+    return {"problem": f"{IMAGE} {question}", "answer": bird.name, "images": images}
+
+
+def sft_row(seed, bird):
+    """A conversation to learn from: the right chain of thought for one picture."""
+    asked = question_row(seed, "sft", bird, 0)
+    answered = birds.response_of(birds.think(bird), bird.name)
+    turns = zip(TURNS, [asked["problem"] + TAGGED.instruction, answered])
+    return {"messages": [{"role": r, "content": t} for r, t in turns], "images": asked["images"]}
+
+
+def triplet_row(seed, bird, index):
+    """A picture to train on with its two companions, of the pictures to train on: `positive`,
+    another one of its kind, and `negative`, one of a kind that it is taken for."""
+    rng = random.Random(f"{seed}/negative/{bird.name}/{index}")
+    other = rng.choice([b for b in birds.alike(bird) if b.seen])
+    return question_row(seed, "train", bird, index) | {
+        "positive": original_bytes(birds.picture_of(seed, "train", bird, (index + 1) % SHOTS)),
+        "negative": original_bytes(birds.picture_of(seed, "train", other, index)),
+    }
+
+
+def question_rows(seed, split, kinds, options):
+    """TESTED questions about these kinds in turn, with four options or none."""
+    asked = [(i, kinds[i % len(kinds)]) for i in range(TESTED)]
+    rng = random.Random(f"{seed}/options/{split}")
+    how = [birds.closed(bird, rng) if options else birds.OPEN for _, bird in asked]
+    return [question_row(seed, split, b, i, question) for (i, b), question in zip(asked, how)]
+
+
+def files_of_birds(seed=0):
+    """{name of a file: its rows}; settings are to be chosen on `val`."""
+    kinds = list(birds.BIRDS.values())
+    seen, unseen = ([bird for bird in kinds if bird.seen == wanted] for wanted in (True, False))
+    return {
+        "sft": [sft_row(seed, bird) for bird in seen],
+        "train": [triplet_row(seed, bird, i) for i in range(SHOTS) for bird in seen],
+        "val": question_rows(seed, "val", seen, options=False),
+        "test_seen_open": question_rows(seed, "seen", seen, options=False),
+        "test_seen_closed": question_rows(seed, "seen", seen, options=True),
+        "test_unseen_open": question_rows(seed, "unseen", unseen, options=False),
+        "test_unseen_closed": question_rows(seed, "unseen", unseen, options=True),
+    }
+
+
+def write_kinds(out, updates=UPDATES):
+    """Write the files and the base model to a folder."""
+    import pyarrow
+    from pyarrow import parquet
+
+    may_write(out)
+    if (out / "base").exists():
+        fail(f"{out / 'base'} is there already; remove it, or give another folder")
+    for name, rows in files_of_birds().items():
+        parquet.write_table(pyarrow.Table.from_pylist(rows), out / f"{name}.parquet")
+        print(f"{out / name}.parquet: {len(rows)} rows")
+    print(f"{learn_base(out / 'base', updates)}: the model to start from")
+
+
+if __name__ == "__main__":
+    p = Parser(__doc__)
+    p.add_argument("out", nargs="?", default="out/kinds", type=Path, help="the folder to write to")
+    write_kinds(p.parse_args().out)

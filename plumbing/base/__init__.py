@@ -1,0 +1,1 @@
+"""What every room may use: one-sentence errors, progress, processes, the optimizer."""

@@ -1,0 +1,139 @@
+"""What every file may import: stopping with one sentence, random draws that have a name, and files
+that are whole or not there."""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from functools import partial
+
+import torch
+
+from plumbing.base import console
+
+
+def fail(message, every_rank=False):
+    """End the program with one clear sentence and a non-zero exit status. The processes of a run
+    fail together, and only the first one speaks; every_rank: this one fails alone, and says so."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        sys.exit(f"error: {message}")
+    sys.exit(f"error in process {rank}: {message}" if every_rank else 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that is wrong gets one sentence, and a misspelt flag the nearest one."""
+
+    def __init__(self, description, **more):
+        # A description keeps its lines.
+        style = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=32)
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False, **more)
+
+    def error(self, message):
+        """What argparse calls instead of returning arguments; ends the program."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in dict.fromkeys(re.findall(r"--[\w-]+", message)):
+            for nearest in () if word in known else difflib.get_close_matches(word, known, 1):
+                message += f"; {word} may be meant to be {nearest}"
+        fail(f"{message}; see --help")
+
+
+def generator(*name):
+    """A random generator with a name, such as (seed, "mask", step, prompt): every draw of a run has
+    one. So it repeats, also after a resume, and does not depend on the number of processes."""
+    digest = hashlib.sha256(repr(name).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def register(registry, name):
+    """A decorator that enters a function in a registry. Raises ValueError for a name in use."""
+    if name in registry:
+        raise ValueError(f"{name} is registered already; choose another name")
+    return lambda function: registry.setdefault(name, function)
+
+
+def write_atomically(path, text):
+    """Write beside the file, then rename: a reader sees the old file or the new one, never half."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+def may_write(folder):
+    """Make a folder, or end with a sentence if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"{folder} cannot be written ({error.strerror or error}); give another --out")
+
+
+def make_once(folder, fill):
+    """Make a folder that others find whole or not at all: fill(a path beside it), then rename. ->
+    folder. Several processes, of several machines even, may do so at once: the first's stays."""
+    if folder.is_dir():
+        return folder
+    making = folder.with_name(f".making-{folder.name}-{uuid.uuid4().hex}")
+    try:
+        fill(making)
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)  # there is none once it has its name
+    return folder
+
+
+class Clock:
+    """Seconds by phase: `with clock("update"): ...` adds to clock.seconds["update"], and the
+    console tells that it is under way."""
+
+    def __init__(self):
+        self.began, self.seconds = time.perf_counter(), {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        with console.doing(phase):
+            yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def so_far(self):
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.began
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """While this lasts, SIGINT and SIGTERM (torchrun sends both) only lengthen the list yielded."""
+    asked = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, lambda *_: asked.append(True)) for s in signals]
+    try:
+        yield asked
+    finally:
+        for s, handler in zip(signals, before):
+            signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def only_shows(what):
+    """What only shows a run never ends it: an error in the block is a warning. what: fails then"""
+    try:
+        yield
+    except Exception as error:  # of many kinds, from matplotlib's to those of a full disk
+        console.say(f"warning: {what} ({first_line(error)})")
+
+
+def first_line(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

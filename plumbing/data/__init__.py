@@ -1,0 +1,1 @@
+"""From rows as people keep them to prompts as tensors."""

@@ -1,0 +1,96 @@
+"""Pictures as people have them, opened and turned into RGB."""
+
+import base64
+import io
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps
+
+from plumbing.base.common import first_line
+from plumbing.models.families import tokens_of_size
+
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+
+
+def as_stored(picture):
+    """Bytes, {"bytes", "path"} (as parquet files hold them), a path, base64 text or a data URI ->
+    bytes or a path. Raises OSError or ValueError for anything else."""
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") or picture.get("path") or picture.get("url")
+    if not picture:
+        raise OSError("there is neither bytes nor a path")
+    if isinstance(picture, str):
+        uri = picture.startswith("data:")
+        if uri or len(picture) > 200 and BASE64.fullmatch(picture):
+            picture = base64.b64decode(picture.partition(",")[2] if uri else picture)
+    if not isinstance(picture, bytes | str):
+        raise OSError(f"it is of type {type(picture).__name__}")
+    return picture
+
+
+def open_picture(picture):
+    """A PIL picture, or any that as_stored takes -> a PIL picture, perhaps not decoded yet."""
+    if isinstance(picture, Image.Image):
+        return picture
+    stored = as_stored(picture)
+    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+
+
+def original_bytes(picture):
+    """Any picture that open_picture opens -> the bytes of its file, as they are; a PNG's of a PIL
+    picture. Raises OSError or ValueError where there is nothing to read."""
+    if isinstance(picture, Image.Image):
+        picture.save(file := io.BytesIO(), "PNG")
+        return file.getvalue()
+    stored = as_stored(picture)
+    return stored if isinstance(stored, bytes) else Path(stored).read_bytes()
+
+
+@contextmanager
+def unreadable():
+    """Whatever a decoder raises, and that is any kind of error, becomes one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"a picture cannot be read ({first_line(error)})") from error
+
+
+def turn_upright(picture):
+    """Turn a picture as its EXIF says, where that can be read."""
+    try:
+        exif = picture.getexif()
+    except Exception:  # EXIF that Pillow cannot take apart says nothing
+        return
+    for tag in set(exif) - {ExifTags.Base.Orientation}:  # Pillow stops at any that is wrong
+        del exif[tag]
+    ImageOps.exif_transpose(picture, in_place=True)
+
+
+def rgb(picture):
+    """Any picture that open_picture opens as RGB, turned as its camera said. What is transparent
+    becomes white, as on the page it was drawn for: without that, a black drawing on nothing is
+    black on black. 16-bit grey is scaled to 8 bits; PIL would cut it off at 255. Raises ValueError
+    for a file that is no picture or a damaged one."""
+    with unreadable():
+        picture = open_picture(picture).copy()  # decoded, and nobody else's
+        turn_upright(picture)
+        if picture.mode.startswith("I"):  # I;16, or I, in which 8 bits may hide
+            scale = 257 if picture.mode != "I" or picture.getextrema()[1] > 255 else 1
+            picture = picture.convert("I").point(lambda level: level * (1 / scale) + 0.5)
+            picture = picture.convert("L")
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+def tokens_from_header(picture, image_processor):
+    """How many tokens of the language model a picture will take, turned or not, without decoding
+    it. Raises ValueError if it cannot be one."""
+    with unreadable():
+        width, height = open_picture(picture).size
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"a picture of {width} x {height} pixels is too large")
+    return tokens_of_size(width, height, image_processor)

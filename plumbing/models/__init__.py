@@ -1,0 +1,1 @@
+"""Vision-language models: their families, weights, adapters and packed rows."""

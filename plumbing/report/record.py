@@ -1,0 +1,232 @@
+"""What a run leaves to read: config.json, metrics.jsonl, report.html, and lines on the console."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+
+from plumbing.base.common import only_shows, write_atomically
+from plumbing.data.sources import DATA_SETS
+
+SAMPLES = 4  # validations whose samples are on the page, beside the first one's
+LINE = """KL_prcp is how far the policy on the picture is from the policy on the masked one, KL_ref
+how far it is from the policy before training (nats a token); H is its entropy, gamma the weight of
+KL_prcp (once it is 0, the masked picture is not scored), val the accuracy on held-out questions,
+grad the norm of the gradient, length that of a response in tokens."""
+
+
+def opening(cfg, why):
+    """The first lines of a run: what was chosen, and why; and what a step's line will say."""
+    nucleus = ", responses come from the nucleus, ratios are those of the whole distribution"
+    return (
+        f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
+        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, settings of "
+        f"{why['preset']}; all of them are in {cfg.out}/config.json\n"
+        f"sampler {cfg.sampler} ({why['sampler']}){nucleus * (cfg.top_p < 1)}\n{LINE}"
+    )
+
+
+def settings_table(cfg, origin):
+    """--print_config: every knob, its value, and where that comes from, as lines."""
+    knobs = {name: repr(value) for name, value in dataclasses.asdict(cfg).items()}
+    wide, long = (max(map(len, texts)) + 2 for texts in (knobs, knobs.values()))
+    return [f"{k:<{wide}}{v:<{long}}{origin.get(k, 'default')}" for k, v in knobs.items()]
+
+
+def write_config(out, cfg):
+    """The configuration that is used, with versions and commit."""
+    out.mkdir(parents=True, exist_ok=True)
+    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True)
+    about = {
+        "config": dataclasses.asdict(cfg),
+        "splits": DATA_SETS[cfg.val_data].splits if cfg.val_data in DATA_SETS else {},
+        "command": sys.argv,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": {p: version(p) for p in ("torch", "transformers", "datasets", "pillow")},
+    }
+    write_atomically(out / "config.json", json.dumps(about, indent=1))
+
+
+def read_metrics(out):
+    """metrics.jsonl as a list of dicts; a line cut short by a crash ends the list."""
+    lines, path = [], out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut_metrics(out, step):
+    """Drop the lines of steps that will be run again after a resume."""
+    kept = [json.dumps(m) + "\n" for m in read_metrics(out) if m["step"] <= step]
+    write_atomically(out / "metrics.jsonl", "".join(kept))
+
+
+def log(out, metrics, other=None):
+    """Append one step's line to metrics.jsonl. other: what --log opened, if anything; there the
+    phases' seconds are called phases/<name>."""
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    if other:
+        numbers = {k: v for k, v in metrics.items() if k not in ("step", "phases")}
+        numbers |= {f"phases/{name}": v for name, v in metrics.get("phases", {}).items()}
+        other.send(numbers, metrics["step"])
+
+
+def of_groups(groups):
+    """True means over the responses of a step, of all processes."""
+    rewards = torch.stack([g.rewards for g in groups])  # (prompts, G)
+    mean = lambda name: torch.stack([g.values(name) for g in groups]).mean().item()
+    lengths = [len(t) for g in groups for t in g.rollout.tokens]
+    finished = sum(f for g in groups for f in g.rollout.finished)
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": mean("accuracy"),
+        "format": mean("format"),
+        "equal_groups": (rewards == rewards[:, :1]).all(-1).float().mean().item(),
+        "response_tokens": sum(lengths) / len(lengths),
+        "cut_off": 1 - finished / len(lengths),
+    }
+
+
+def of_totals(totals):
+    """{name: (2,) tensor, a sum and the number of tokens it is over} of papo.metrics_of -> means"""
+    pairs = {name: pair.tolist() for name, pair in totals.items()}
+    return {name: total / max(1, count) for name, (total, count) in pairs.items()}
+
+
+def of_time(clock, groups):
+    """How long a step took, its phases, and the response tokens a second."""
+    taken, tokens = step_seconds(clock), sum(len(t) for g in groups for t in g.rollout.tokens)
+    return taken | {"tokens_per_second": tokens / taken["seconds"]}
+
+
+def step_seconds(clock):
+    """How long a step took, and its phases."""
+    phases = {name: round(value, 4) for name, value in clock.seconds.items()}
+    return {"seconds": clock.so_far(), "phases": phases}
+
+
+def memory_gb():
+    """This process's memory now and at its peak; with a device, that of the device, whose memory
+    now includes the vLLM engine's share. On a platform that keeps no peak, it is the one now."""
+    found = dict.fromkeys(["host_memory_gb", "peak_memory_gb"], psutil.Process().memory_info().rss)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["device_memory_gb"] = total - free
+        found["peak_memory_gb"] = torch.cuda.max_memory_allocated()
+    elif find_spec("resource"):  # which Windows lacks
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
+        found["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {name: size / 1e9 for name, size in found.items()}
+
+
+# Figure 11 of the paper: how a run looks whose perception loss is being hacked. KL_prcp and the
+# clip fraction leave first, the entropies last. (metric, factor over its running median that is too
+# much, a value below which it is only noise.) KL_prcp moves most in sound runs.
+SIGNS_OF_COLLAPSE = [
+    ("perception_kl", 5.0, 0.05),
+    ("clip_high_fraction", 3.0, 0.002),
+    ("masked_entropy", 2.0, 0.1),
+    ("entropy", 2.0, 0.1),
+]
+
+
+def is_anomalous(metrics, sign, recent=3, before=50, least=10):
+    """Has a signal left, by the newest of these lines? -> (bool, the mean of its last `recent`
+    steps, the median of up to `before` steps ahead of those, of which there must be `least`)"""
+    name, factor, floor = sign
+    values = list(islice((m[name] for m in reversed(metrics) if name in m), recent + before))
+    now, past = sum(values[:recent]) / recent, values[recent:]
+    usual = statistics.median(past) if len(past) >= least else math.inf
+    return now > max(factor * usual, floor), now, usual
+
+
+def collapse_warnings(metrics):
+    """Lines of metrics so far -> warnings of signals that have left at the newest step. Nothing is
+    remembered, so they are the same after a resume."""
+    lines = []
+    for sign in SIGNS_OF_COLLAPSE:
+        anomalous, now, usual = is_anomalous(metrics, sign)
+        if anomalous and not is_anomalous(metrics[:-1], sign)[0]:
+            lines.append(
+                f"warning: {sign[0]} is {now:.4g}, its running median {usual:.4g}: the perception "
+                "loss may be collapsing the policy; see report.html, then go on from an earlier "
+                "checkpoint with half the --gamma, or with --eta1 and --eta2 at 0.03 to 0.05"
+            )
+    return lines
+
+
+def first_anomaly(metrics, factor=None):
+    """Lines of a whole run -> {signal: the first step at which it had left, if it has}; the reward,
+    when it is below half of its best so far. factor: one for all signals; default: the warnings'"""
+    signs = [(name, factor or own, floor) for name, own, floor in SIGNS_OF_COLLAPSE]
+    left, best = {}, 0.0
+    for i, line in enumerate(metrics):
+        gone = [sign[0] for sign in signs if is_anomalous(metrics[: i + 1], sign)[0]]
+        best = max(best, line["reward"])
+        gone += ["reward"] if line["reward"] < best / 2 else []
+        for name in gone:
+            left.setdefault(name, line["step"])
+    return left
+
+
+def console_line(m, steps):
+    """One step on one line."""
+    parts = [f"step {m['step']:>{len(str(steps))}}/{steps}", f"reward {m['reward']:.3f}"]
+    parts += [f"accuracy {100 * m['accuracy']:.1f} %"]
+    terms = [("KL_prcp", "perception_kl"), ("KL_ref", "ref_kl"), ("H", "entropy")]
+    parts += [f"{label} {m[key]:.4f}" for label, key in terms if key in m]
+    parts += [f"gamma {m['gamma']:.2g}"] if m["gamma"] else []
+    parts += [f"val {100 * m['val_accuracy']:.1f} %"] if "val_accuracy" in m else []
+    parts += [f"hint followed {100 * m['val_followed']:.1f} %"] if "val_followed" in m else []
+    parts += [f"grad {m['grad_norm']:.2f}", f"length {m['response_tokens']:.1f}"]
+    return "  ".join([*parts, f"{m['seconds']:.1f} s"])
+
+
+def load_run(out):
+    """What a run's folder holds for page.html: about is config.json, samples are [(step, what
+    plumbing/report/samples.py keeps)], the newest first, meanings say what is asked in a split, and
+    left when signs of a collapse were seen. Raises ValueError if it holds no run."""
+    files = {name: out / f"{name}.json" for name in ("config", "evaluation")}
+    said = {name: json.loads(f.read_text()) if f.exists() else {} for name, f in files.items()}
+    if "config" not in said["config"]:
+        raise ValueError(f"{out} holds no run: there is no config.json of one")
+    metrics, settings = read_metrics(out), said["config"]["config"]
+    last = metrics[-1]["step"] if metrics else 0
+    # A resumed run may find samples of steps that it will run again.
+    known = {int(p.stem): p for p in (out / "samples").glob("*.json") if p.stem.isdecimal()}
+    steps, samples = sorted((step for step in known if step <= last), reverse=True), []
+    for step in steps[:SAMPLES] + steps[SAMPLES:][-1:]:
+        with only_shows(f"{known[step]} cannot be read"):
+            samples.append((step, json.loads(known[step].read_text())))
+    meanings = said["config"].get("splits", {}) if "algo" in settings else {}
+    left = first_anomaly(metrics) if settings.get("gamma") else {}
+    about = {"name": out.name, "about": said["config"], "evaluation": said["evaluation"]}
+    return about | dict(metrics=metrics, samples=samples, meanings=meanings, left=left)
+
+
+def write_page(out):
+    """report.html and curves.png of a run, as far as it has come."""
+    with only_shows("report.html is not written"):
+        from plumbing.report import page  # with what draws, which takes a second to import
+
+        page.write(out / "report.html", [load_run(out)], out / "curves.png")

@@ -1,0 +1,80 @@
+"""The check that a sampler is given the trainer's weights."""
+
+from contextlib import contextmanager
+
+import torch
+
+from plumbing.base.common import fail
+from policy import score_only
+
+# Mean nats a token by which the log-probs of sampler and trainer may differ. A weight that does not
+# arrive costs several.
+SYNC_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+@contextmanager
+def perturbed(policy):
+    """While this lasts, every tensor of the policy differs from what it was; afterwards it is the
+    same to the last bit. Each process changes its own shards.
+
+    In a matrix three entries of every eleven change their sign, which doing it again undoes. Eleven
+    divides no width of these models, so no whole row or column is turned. A matrix of zeros, as a
+    LoRA's B, is filled with small numbers; in a vector, entries rise and fall by a half: turned
+    around, a key bias of hundreds, as in Qwen2.5, would saturate the attention.
+    """
+    vectors, matrices = [], []
+    for p in policy.parameters():
+        shard = p.to_local() if hasattr(p, "to_local") else p
+        (matrices if p.ndim > 1 else vectors).append(shard.detach().view(-1))
+    zeros = [x for x in matrices if not x.any()]
+    kept = [(x, x.clone()) for x in [*vectors, *zeros]]
+
+    def turn():
+        for x in matrices:
+            for start in (0, 1, 3):
+                x[start::11].neg_()
+
+    for x in zeros:
+        x.fill_(0.05)
+    for x in vectors:
+        x[::2] += 0.5
+        x[1::2] -= 0.5
+    turn()
+    try:
+        yield
+    finally:
+        turn()
+        for x, before in kept:
+            x.copy_(before)
+
+
+def check_sync(sampler, policy, prompts, seeds, tolerance, device="cpu"):
+    """Is the sampler really given the trainer's weights? -> mean |difference| of their log-probs
+
+    Perturbs every tensor, syncs, and compares the log-probs of a few sampled tokens; then all is
+    as it was. Ends with a sentence if the difference is not below `tolerance`. In float32 a single
+    tensor that does not arrive is found; in bfloat16, whose rounding is larger, a kind of them is.
+    """
+    with perturbed(policy):
+        sampler.sync(policy)
+        rollouts = sampler.generate(prompts, 2, seeds, limit=32)
+        if not any(rollouts):
+            fail("none of the first prompts can be read and sampled; the warnings say why", True)
+        ours = response_logprobs(policy, prompts, rollouts, device)
+    theirs = [x for r in rollouts if r for x in r.logprobs]
+    gap = torch.cat([(a - b).abs() for a, b in zip(ours, theirs)]).mean().item()
+    sampler.sync(policy)
+    if not gap < tolerance:
+        differ = f"their log-probs differ by {gap:.3g} on average, more than {tolerance:g}"
+        lacks = "after a sync the sampler does not have the trainer's weights"
+        fail(f"{lacks}: {differ}; another version of vLLM, or --sampler hf, may help", True)
+    return gap
+
+
+def response_logprobs(policy, prompts, rollouts, device):
+    """The policy's log-probs of sampled tokens -> a list of (n,) tensors, response by response.
+    Prompts whose rollout is None are passed over."""
+    pairs = [(p, r.tokens) for p, r in zip(prompts, rollouts) if r]
+    rows = policy.pack(*zip(*pairs)).to(device)
+    logp = score_only(policy, rows, rows.pixels).logp.cpu()
+    return [logp[b, g, : len(t)] for b, (_, group) in enumerate(pairs) for g, t in enumerate(group)]

@@ -1,0 +1,1 @@
+"""What came after PAPO, one file each: what it adds, and nothing else."""
