@@ -29,9 +29,10 @@ grad the norm of the gradient, length that of a response in tokens."""
 def opening(cfg, why):
     """The first lines of a run: what was chosen, and why; and what a step's line will say."""
     nucleus = ", responses come from the nucleus, ratios are those of the whole distribution"
+    lora = f", LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else ""
     return (
         f"model {cfg.model} ({why['model']}), data {cfg.data}, validation on "
-        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}, settings of "
+        f"{cfg.val_data or 'nothing (--val_data)'}, algorithm {cfg.algo}{lora}, settings of "
         f"{why['preset']}; all of them are in {cfg.out}/config.json\n"
         f"sampler {cfg.sampler} ({why['sampler']}){nucleus * (cfg.top_p < 1)}\n{LINE}"
     )
