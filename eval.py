@@ -72,11 +72,12 @@ def ask(
 
     grade(texts, truths) -> a list of dicts
     """
+    tok, image_processor = processors
     chunks = plan.chunks or math.ceil(len(examples) / CHUNK)
     with Bar(f"evaluating {plan.name[-1]}", len(examples) * plan.n, "responses") as bar:
         for start in range(0, chunks * CHUNK, CHUNK):
             batch = examples[start : start + CHUNK]
-            prompts = encode_all(batch, *processors, blind=plan.blind)
+            prompts = encode_all(batch, tok, image_processor, plan.blind)
             seeds = [(*plan.name, p.example.id) for p in prompts]
             rollouts = sampler.generate(prompts, plan.n, seeds)
             done = [(p.example, r) for p, r in zip(prompts, rollouts) if r is not None]
@@ -160,7 +161,7 @@ def examples_of(args: Namespace, cfg: Config, processors: tuple, out: Path, done
         else:
             data = load(name, split, args.questions or 256, 0, cfg, asked)
         if isinstance(data, Rows):
-            faults = data.faults(*processors, cfg.max_prompt_tokens)
+            faults = data.faults(processors[0], processors[1], cfg.max_prompt_tokens)
             left_out(out.parent, data, faults)
             if name in BENCHMARKS and len(data) != BENCHMARKS[name][1]:
                 print(f"note: {name} has {len(data)} questions, {BENCHMARKS[name][1]} in the paper")

@@ -14,13 +14,14 @@ import tempfile
 import time
 import uuid
 from functools import partial
+from typing import NoReturn
 
 import torch
 
 from plumbing.base import console
 
 
-def fail(message, every_rank=False):
+def fail(message, every_rank=False) -> NoReturn:
     """End the program with one clear sentence and a non-zero exit status. The processes of a run
     fail together, and only the first one speaks; every_rank: this one fails alone, and says so."""
     rank = os.environ.get("RANK", "0")
