@@ -17,6 +17,7 @@ import pytest
 # and threads that wait for work must not take the cores from whoever has some.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("TQDM_MININTERVAL", None)  # lines of progress are tested at tqdm's own pace
 # `datasets` keeps a copy of every file it reads; those of the tests go when the tests end.
 COPIES = tempfile.TemporaryDirectory(prefix="papo-tests-")
 os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and for every process
