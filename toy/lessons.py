@@ -4,6 +4,7 @@ learning has something to do.
     python -m toy.lessons out/warm                      # toy/warm/toy again, in minutes
     python -m toy.lessons out/warm --model toy-qwen3    # toy/warm/toy-qwen3
     python -m toy.lessons out/warm --seed 1             # another policy of the same kind
+    python -m toy.lessons out/warm --coupled 0          # a masked picture leads to no hint by itself
 
 toy/warm/ holds what the first two made, so that every machine starts from the same weights;
 toy/warm/README.md names the versions and the checksums.
@@ -11,6 +12,7 @@ toy/warm/README.md names the versions and the checksums.
 
 import os
 import random
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -37,15 +39,14 @@ class Teacher(NamedTuple):
 
     careless: float  # how often a fact is misread: a random one is written
     trusts: float  # how often the hint is repeated without a look at the picture
+    coupled: float  # how often a masked picture makes sure of that
     masked: int  # one picture in so many is partly or wholly masked,
     least: float  # from this share of it to all of it
 
 
-CAREFUL = Teacher(careless=0.0, trusts=0.0, masked=8, least=0.3)
-# The two that can be last: what they do wrong is what reinforcement learning finds to mend.
-CARELESS = Teacher(careless=0.5, trusts=0.0, masked=8, least=0.3)
-TRUSTING = Teacher(careless=0.35, trusts=0.25, masked=4, least=0.5)
-TEACHERS = {"trusting": TRUSTING, "careless": CARELESS}
+CAREFUL = Teacher(careless=0.0, trusts=0.0, coupled=0.0, masked=8, least=0.3)
+# The last one: what it does wrong is what reinforcement learning finds to mend.
+TRUSTING = Teacher(careless=0.35, trusts=0.25, coupled=1.0, masked=4, least=0.5)
 
 
 def lesson(index, questions, teacher=CAREFUL):
@@ -58,9 +59,12 @@ def lesson(index, questions, teacher=CAREFUL):
         return rng.choice(list(possible)) if rng.random() < teacher.careless else truth
 
     def trusts():
-        # Who sees little falls back on the text: it makes the masked policy what the perception
-        # loss is made for, one that still writes sense.
-        return teacher.trusts and (is_masked(index, teacher) or rng.random() < teacher.trusts)
+        # Who sees little falls back on the text, if coupled. It makes the masked policy what the
+        # perception loss is made for, and decides how much that loss gains (docs/findings.md).
+        led = is_masked(index, teacher) and 0 < teacher.coupled
+        if led and (teacher.coupled == 1 or rng.random() < teacher.coupled):
+            return True
+        return teacher.trusts > 0 and rng.random() < teacher.trusts
 
     while len(texts) < questions:
         question, solve = make_question(QUESTIONS[(index + len(texts)) % len(QUESTIONS)], rng)
@@ -130,39 +134,52 @@ def learn(policy, rows, optimizer):
     return loss.item()
 
 
-def warm_start(vlm, processors, steps=STEPS, last=TRUSTING, seed=0):
-    """Supervised learning of chains of thought and dense descriptions, from three teachers in turn.
+def warm_start(vlm, processors, steps=STEPS, lasts=(TRUSTING,), seed=0):
+    """Supervised learning of chains of thought and dense descriptions, from three teachers in turn
+    -> [a vlm for each of `lasts`]; the given one has seen the first two teachers only.
 
     The first (3/16 of the steps) only describes pictures: answers alone teach the language prior
     long before the vision tower learns to see. The second also answers four questions a picture.
-    The third, `last`, has the last 1/7: it is careless or trusting, so that the policy knows more
-    than it shows, as a pretrained model does: there is something for RL to bring out.
+    The third has the last 1/7: it is careless and trusting, so that the policy knows more than it
+    shows, as a pretrained model does: there is something for RL to bring out.
     """
     policy = Policy(vlm, torch.zeros(len(processors[0]), dtype=torch.bool))
     third = steps * 6 // 7
     settings = SimpleNamespace(lr=2e-3, weight_decay=0.01, max_grad_norm=1.0)
     optimizer = Optimizer(policy, settings, schedule(steps, third), betas=(0.9, 0.98))
-    with Bar("toy warm start", steps, "steps") as bar:
-        for step in range(steps):
+
+    def learn_from(teacher, first, end, policy, optimizer):
+        for step in range(first, end):
             questions = 0 if step < steps * 3 // 16 else 4
-            teacher = last if step >= third else CAREFUL
             start = (seed * steps + step) * PICTURES
             indices = range(start, start + PICTURES)
             rows = lesson_rows(indices, questions, teacher, policy, processors)
             bar.update(note=f"loss {learn(policy, rows, optimizer):.3f}")
+        return policy.vlm
+
+    with Bar("toy warm start", third + len(lasts) * (steps - third), "steps") as bar:
+        learn_from(CAREFUL, 0, third, policy, optimizer)
+        pairs = [(last, *deepcopy((policy, optimizer))) for last in lasts]
+        return [learn_from(last, third, steps, *pair) for last, *pair in pairs]
 
 
 def build(folder, name="toy", steps=STEPS, last=TRUSTING, seed=0):
     """Warm-start a toy policy and save it, in half precision, as a Hugging Face folder -> folder"""
+    return build_all({folder: last}, name, steps, seed)[0]
+
+
+def build_all(lasts, name="toy", steps=STEPS, seed=0):
+    """{folder: its last teacher}, all else being shared -> the folders, as build makes them"""
     tok, image_processor = tokenizer(), processor(name)
     vlm = new_policy(tok, name, seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, os.cpu_count()))
     try:
-        warm_start(vlm, (tok, image_processor), steps, last, seed)
+        made = warm_start(vlm, (tok, image_processor), steps, lasts.values(), seed)
     finally:
         torch.set_num_threads(threads)
-    return save_once((vlm.half(), tok, image_processor), folder)
+    parts = tok, image_processor
+    return [save_once((vlm.half(), *parts), folder) for vlm, folder in zip(made, lasts)]
 
 
 def main():
@@ -171,13 +188,19 @@ def main():
     p.add_argument("out", type=Path, help="the folder to write")
     p.add_argument("--model", default="toy", choices=TOYS)
     p.add_argument("--steps", default=STEPS, type=int, help="supervised updates")
-    p.add_argument("--last", default="trusting", choices=TEACHERS, help="the last teacher")
     p.add_argument("--seed", default=0, type=int, help="of the weights and the lessons")
+    shares = "trusts", "coupled"  # of the last teacher
+    for name, when in zip(shares, ("without a look", "since the picture is masked")):
+        share, says = getattr(TRUSTING, name), f"how often the last teacher repeats a hint {when}"
+        p.add_argument(f"--{name}", default=share, type=float, help=f"{says} [{share}]")
     args = p.parse_args()
+    last = TRUSTING._replace(**{name: getattr(args, name) for name in shares})
+    if not all(0 <= share <= 1 for share in last[1:3]):
+        fail(f"--trusts {last.trusts} --coupled {last.coupled}: both must lie between 0 and 1")
     if args.out.exists():
         fail(f"{args.out} is there already; give the new warm start a folder of its own")
     may_write(args.out.parent)
-    build(args.out, args.model, args.steps, TEACHERS[args.last], args.seed)
+    build(args.out, args.model, args.steps, last, args.seed)
     print(f"written: {args.out}; train.py --data toy --model {args.out} goes on from there")
 
 

@@ -18,11 +18,12 @@ def as_lines(records):
     return "".join(json.dumps(r) + "\n" for r in records)
 
 
-def by_question(records):
-    """Records -> {question: [accuracy of each response]}"""
+def by_question(records, name="accuracy"):
+    """Records -> {question: [accuracy, or another number, of each response that has it]}"""
     questions = {}
     for r in records:
-        questions.setdefault(r["id"], []).append(r["accuracy"])
+        if name in r:
+            questions.setdefault(r["id"], []).append(r[name])
     return questions
 
 
@@ -100,6 +101,7 @@ def summarise(records):
     means = [sum(v) / len(v) for v in questions.values()]
     low, high = interval(means)
     followed = [r["followed"] for r in records if "followed" in r]  # of the toy's wrong hints
+    each = {name: by_question(records, name).values() for name in ("accuracy", "followed")}
     # Not in every program's file.
     mean = lambda key: sum(r.get(key, math.nan) for r in records) / len(records)
     return {
@@ -113,6 +115,7 @@ def summarise(records):
         "questions": len(means),
         "n": len(records) // len(means),
         **({"followed": sum(followed) / len(followed)} if followed else {}),
+        "each": {name: [sum(v) / len(v) for v in values] for name, values in each.items()},
     }
 
 
