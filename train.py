@@ -137,7 +137,7 @@ def roll_out(prompts: dict[int, Prompt], parts: Parts, step: int, clock: Clock) 
             rewards = torch.tensor([s["overall"] for s in graded])  # (G,)
             advantages = papo.group_advantages(rewards)  # (G,)
             groups.append(Group(position, len(prompt.ids), r, graded, advantages))
-    return groups
+    return cfg.weigh(groups, prompts, parts, step)
 
 
 def micro_batches(groups: list[Group], prompts: dict, parts: Parts, step: int) -> list[MicroBatch]:

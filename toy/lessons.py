@@ -4,7 +4,7 @@ learning has something to do.
     python -m toy.lessons out/warm                      # toy/warm/toy again, in minutes
     python -m toy.lessons out/warm --model toy-qwen3    # toy/warm/toy-qwen3
     python -m toy.lessons out/warm --seed 1             # another policy of the same kind
-    python -m toy.lessons out/warm --coupled 0          # a masked picture leads to no hint by itself
+    python -m toy.lessons out/warm --coupled 0          # a masked picture leads to no hint
 
 toy/warm/ holds what the first two made, so that every machine starts from the same weights;
 toy/warm/README.md names the versions and the checksums.

@@ -297,6 +297,9 @@ class Config:
     token_weights: ClassVar = None
     second_pictures: ClassVar = ()  # names in plumbing.data.sources.SECOND that every row must have
 
+    def weigh(self, groups, prompts, parts, step):
+        return groups
+
     def regroup(self, groups):
         return groups
 

@@ -5,6 +5,9 @@ fine_r1/ do; PAPO needs none of them):
 
     second_prompt(prompt, image_processor, generator) -> Prompt
         what the last `second_size` responses of each group are sampled on, a property
+    weigh(groups, prompts, parts, step) -> groups
+        after their advantages are known, from what a process has rolled out: [Group] and {position:
+        Prompt}
     regroup(groups) -> groups
         how groups are scored; one with `second` set is scored on its second prompt
     token_weights(kl, counted, gather) -> [weights (B, G, R)]
