@@ -17,471 +17,335 @@ figures.
 """
 
 import argparse
-import json
-import os
-import re
-import runpy
-import subprocess
-import sys
-import traceback
-from dataclasses import dataclass, field
+import math
+import statistics
+from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # of a run; two are at work
+import numpy as np
+from fight import METHODS, RECIPES, Pair, candidates, chosen, parts, pulls, recipe, starts_of
+from matplotlib.figure import Figure
+from runs import ROOT, SIGNALS, SPLITS, Runs
 
-import plumbing  # noqa: E402, F401  before torch: how its threads wait
+from toy.task import QUESTIONS, make  # found by runs.py
 
-import train  # noqa: E402, F401  once for all runs, which are forks of this process
-from plumbing.base.common import fail, write_atomically  # noqa: E402
-from plumbing.base.console import Bar  # noqa: E402
-from plumbing.report.record import read_metrics  # noqa: E402
-from plumbing.run.checkpoint import is_finished  # noqa: E402
-
-NAME, ALWAYS = "paper_on_a_laptop", "--sampler hf --keep 1 --eval_n 2"
-SPLITS = ("vision", "general", "blind")
-SIGNALS = "val_accuracy accuracy perception_kl entropy masked_entropy reward".split()
-
-# ------------------------------------------------------------------------ what is run, and on what
-
-# A recipe of the warm start: how surely a masked picture leads to the hint, and how often a whole
-# one does (toy/lessons.py). Each has three starts that are reported; others serve the choosing.
-RECIPES = [(coupled, trusts) for coupled in (1.0, 0.5, 0.0) for trusts in (0.12, 0.25, 0.38)]
-TUNING = [(1.0, 0.25), (0.0, 0.38)]  # the README's, and the one on which GRPO varied the most
+NAME = "paper_on_a_laptop"
+ENOUGH = 9  # warm starts that a pair needs to be in the family that is corrected, and confirmed
+# Student's t at 97.5 %, by the number of warm starts.
+T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 9: 2.306, 18: 2.110, 27: 2.056}
 
 
-def starts_of(recipes, seeds=(1, 2, 3)):
-    """Names of warm starts."""
-    return [f"c{coupled}-t{trusts}-s{seed}" for coupled, trusts in recipes for seed in seeds]
+def interval(values):
+    """Mean and half the width of its 95 % interval, one value a warm start."""
+    n = len(values)
+    half = T975[n] * statistics.stdev(values) / n**0.5 if n in T975 else math.inf
+    return statistics.mean(values), half
 
 
-def recipe(start):
-    """-> (coupled, trusts, seed)"""
-    coupled, trusts, seed = re.fullmatch(r"c(.+)-t(.+)-s(\d+)", start).groups()
-    return float(coupled), float(trusts), int(seed)
+def sign_flip(values):
+    """Two-sided p of the mean under random signs: exact up to 16 values, else from 100,000 draws.
+    It needs no bell curve, where runs end in two camps."""
+    n, x = len(values), np.array(values)
+    if n <= 16:
+        signs = 1 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((abs(signs @ x) >= abs(x.sum()) - 1e-9).mean())
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, n))
+    return float(((abs(signs @ x) >= abs(x.sum()) - 1e-9).sum() + 1) / 100_001)
 
 
-ALL, SIX, THREE = starts_of(RECIPES), starts_of(TUNING), starts_of(RECIPES[1::3], seeds=(1,))
-CHOOSING = starts_of(TUNING, seeds=(100,))
-CONTROLS = "bench/controls.py"
-BATCH_16 = "--group_size 16 --prompts_per_step 16 --prompts_per_update 8"  # as many responses
-BONUS = "--entropy exact --eta1 -0.01"
-# Every method chooses among four: its first is the default. The score is the mean of `val` at the
-# end, whose hints say nothing, and the accuracy on the last five steps' training questions.
-METHODS = {
-    "grpo": ["train.py --algo grpo", "--lr 4e-4", BATCH_16, f"{CONTROLS} --algo grpo {BONUS}"],
-    "papo_g": ["train.py --algo papo_g", "--gamma 0.1", "--gamma 0.6", "--mask_ratio 1.0"],
-    "blind_weight": [
-        "variants/blind_weight.py",
-        "--blind_responses 2",
-        "--blind_responses 1",
-        "--lr 4e-4",
-    ],
-    "noisy": [
-        "variants/noisy_rollout.py",
-        "--noise_steps 300",
-        "--noise_steps 800",
-        "--second_rollouts 2",
-    ],
-    "dapo": ["train.py --algo dapo", "--lr 4e-4", BATCH_16, f"{CONTROLS} --algo dapo {BONUS}"],
-    "papo_d": ["train.py --algo papo_d", "--gamma 0.1", "--gamma 0.6", "--mask_ratio 1.0"],
-    "vppo": ["variants/vppo.py", "--credit_share 0.2", "--credit_share 0.7", "--credit_floor 0.5"],
-    "pgpo": [
-        "variants/pgpo.py",
-        "--credit_threshold 0.4 --credit_boost 2",
-        "--credit_threshold 0.2",
-        "--credit_boost 2",
-    ],
-}
+def holm(ps):
+    """Holm's adjusted p of a family, in the same order."""
+    order, adjusted, highest = np.argsort(ps), [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
-def candidates(method):
-    """The four commands that it chooses among."""
-    first, *rest = METHODS[method]
-    return [first, *(x if ".py" in x else f"{first} {x}" for x in rest)]
+def verdict(points, p, at_least=0.0):
+    """Pair's rule. points: b - a, one a warm start; p: corrected"""
+    mean, half = interval(points)
+    above, below = mean - half > 0 and mean >= at_least, mean + half < 0
+    if len(points) < ENOUGH:
+        return "seen" if above else "seen reversed" if below else "not seen"
+    sure = p <= 0.05
+    return "confirmed" if sure and above else "contradicted" if sure and below else "not confirmed"
 
 
-@dataclass
-class Pair:
-    """ "b is above a": confirmed where the mean difference over warm starts is at least so many
-    points, its 95 % interval (Student's t) lies above 0, and its sign-flip test holds at 5 % after
-    Holm's correction over all pairs of the page."""
-
-    b: str
-    a: str
-    split: str = "vision"
-    at_least: float = 0.0
-    only: str = ""  # starts whose names begin so
-
-
-@dataclass
-class Part:
-    """Arms {label: command} on warm starts, each with these seeds, and what is compared."""
-
-    title: str
-    says: str  # the rule, or what is looked for
-    arms: dict
-    starts: list
-    seeds: tuple = (1,)
-    pairs: list = field(default_factory=list)
-
-    def jobs(self):
-        """The runs that it needs: (start, command, seed)."""
-        return [(s, c, n) for n in self.seeds for s in self.starts for c in self.arms.values()]
-
-
-def both(b, a, **more):
-    """A pair on vision and on general."""
-    return [Pair(b, a, split, **more) for split in ("vision", "general")]
-
-
-def tuning(names):
-    """What is chosen, and by what."""
-    arms = {f"{m} {i}": c for m in names for i, c in enumerate(candidates(m))}
-    says = "the best score decides (the mean of `val` and of training accuracy); a tie leaves the"
-    return Part(f"Tuning: {', '.join(names)}", f"{says} earlier one", arms, CHOOSING, (101,))
-
-
-def held_at(gamma):
-    """{a way to keep a policy from collapsing: the command}, at a gamma that is never lowered."""
-    ways = {"": "", "eta1 2 gamma": f"--eta1 {2 * gamma}", "beta 0.5": "--beta 0.5"}
-    ways |= {"beta 2 gamma": f"--beta {2 * gamma}", "1 nat": "--kl_clamp 1"}
-    ways |= {"beta 2 gamma, signs": f"--beta {2 * gamma} --reference signed"}
-    ways |= {name: f"--perception {name}" for name in ("jensen_shannon", "held")}
-    worn = f"{CONTROLS} --algo papo_g --gamma {gamma} --anneal_steps 0"
-    return {way: f"{worn} {flags}".strip() for way, flags in ways.items()}
-
-
-def chosen(runs):
-    """{method: the command that its tuning chose}, of the methods that are tuned."""
+def differences(runs, part, pair):
+    """b - a of the starts that are done, one a warm start, its seeds averaged; {start: points}"""
     found = {}
-    for method in METHODS:
-        scores = {c: runs.scores(c) for c in candidates(method)}
-        if all(len(s) == len(CHOOSING) for s in scores.values()):
-            found[method] = max(scores, key=lambda c: sum(scores[c]))
+    for start in part.starts:
+        jobs = [[(start, part.arms[x], n) for n in part.seeds] for x in (pair.b, pair.a)]
+        if start.startswith(pair.only) and all(j in runs.done for js in jobs for j in js):
+            b, a = ([runs.value(*j, pair.split) for j in js] for js in jobs)
+            found[start] = statistics.mean(b) - statistics.mean(a)
     return found
 
 
-def parts(runs):
-    """All parts in the order in which they are run; those that wait for a choice are left out."""
-    first, last = tuning(list(METHODS)[:4]), tuning(list(METHODS)[4:])
-    best = chosen(runs)
-    if not {"grpo", "papo_g", "blind_weight", "noisy"} <= set(best):
-        return [first]
-    grpo, papo, weight = (best[m] for m in ("grpo", "papo_g", "blind_weight"))
-    three = {"grpo": grpo, "papo_g": papo, "blind_weight": weight}
-    coupled = [x for c in ("c1.0", "c0.5", "c0.0") for x in both("papo_g", "grpo", only=c)]
-    head = [*both("papo_g", "grpo"), *coupled, *both("blind_weight", "grpo")]
-    head += both("papo_g", "blind_weight")
+def judged(runs):
+    """All pairs of all parts that have two starts at least -> [cells of the table]"""
+    rows = []
+    for part in parts(runs):
+        for pair in part.pairs:
+            points = list(differences(runs, part, pair).values())
+            if len(points) > 1:
+                rows.append((part, pair, points, sign_flip(points)))
+    family = [row[-1] if len(row[2]) >= ENOUGH else None for row in rows]
+    adjusted, cells = iter(holm([p for p in family if p is not None])), []
+    for part, pair, points, p in rows:
+        mean, half = interval(points)
+        corrected = next(adjusted) if len(points) >= ENOUGH else 1.0
+        # With 80 % power at 5 %, uncorrected: (t + 0.84) standard errors.
+        visible = half * (1 + 0.84 / T975[len(points)])
+        where = f"{pair.split}, {pair.only} starts" if pair.only else pair.split
+        span = f"{mean:+.1f} ({mean - half:+.1f} .. {mean + half:+.1f})"
+        said = verdict(points, corrected, pair.at_least)
+        holms = f"{corrected:.2g}" if len(points) >= ENOUGH else ""
+        known = [f"{p:.2g}", holms, str(len(points)), f"{visible:.0f}"]
+        cells.append([part.title, f"{pair.b} above {pair.a}", where, said, span, *known])
+    return cells
 
-    def fork(method):  # the same settings, with the controls' flags
-        return best[method].replace("train.py", CONTROLS)
 
-    slow = {f"{m}, {n} steps": f"{three[m]} --steps {n}" for m in three for n in (60, 120)}
-    data = {
-        "hints dropped in 30 %": "--hints dropped",
-        "hints shuffled in 30 %": "--hints shuffled",
-    }
-    data |= {"black in 30 %": "--pictures part"}
-    changed = {f"grpo, {k}": f"{fork('grpo')} {f}" for k, f in data.items()}
-    kinds = {k: f"{fork('papo_g')} --perception {k}" for k in ("signed", "branch", "inside")}
-    number = {
-        f"blind_weight, n {n}": f"variants/blind_weight.py --blind_responses {n}" for n in (1, 2)
-    }
-    mixed = {"blind_weight with PAPO": f"{weight} --gamma 0.3 --anneal_steps 20"}
-    controls = {**three, **changed, **kinds, **number, **mixed}
-    unseen = [(m, k) for k in ("black", "exchanged") for m in ("grpo", "papo_g")]
-    untrained = {f"{m}, {k}": f"{fork(m)} --pictures {k}" for m, k in unseen}
-    plain = "train.py --algo papo_g"
-    doses = {f"gamma {g}": f"{plain} --gamma {g}" for g in (0.02, 0.05, 0.1, 0.6, 1.0)}
-    doses = {"gamma 0": "train.py --algo grpo", **doses, "gamma 0.3": plain}
-    held = {f"gamma {g}, held": f"{plain} --gamma {g} --anneal_steps 0" for g in (0.02, 0.1, 0.3)}
-    late = {f"from step {n}": f"{CONTROLS} --algo papo_g --gamma_from {n}" for n in (10, 20)}
-    hold = {}
-    for g in (1, 2):
-        hold |= {f"gamma {g}, {way}".strip(", "): c for way, c in held_at(g).items()}
-    rescued = [Pair(k, f"gamma {g}") for g in (1, 2) for k in hold if k.startswith(f"gamma {g},")]
-    places = []
-    for h in (0.95, 0.5, 0.65):
-        arms = {f"{m}, h {h}": f"{c} --hint_right {h}" for m, c in three.items()}
-        title = f"The phase picture: hints right {100 * h:.0f} % of the time"
-        places.append(
-            Part(title, "scored together, below", arms, ALL, pairs=both(*list(arms)[1::-1]))
-        )
-    found = [
-        first,
-        Part("The headline", Pair.__doc__.strip(), three, ALL, pairs=head),
-        Part("The headline, more seeds", "variance inside a warm start", three, SIX, (2, 3)),
-        Part(
-            "Trained blind",
-            "PAPO's gain is gone when trained blind: above GRPO by less than 5 points",
-            untrained,
-            SIX,
-            pairs=[Pair(f"papo_g, {k}", f"grpo, {k}") for k in ("black", "exchanged")],
-        ),
-        Part(
-            "Baselines that a reviewer asks for",
-            "each against the method that it varies",
-            controls,
-            SIX,
-            pairs=[Pair(k, "grpo") for k in changed]
-            + [Pair("papo_g", k) for k in kinds]
-            + [Pair("blind_weight", k) for k in number]
-            + both("blind_weight with PAPO", "blind_weight"),
-        ),
-        Part("Longer", "each against its 30 steps", {**three, **slow}, THREE),
-        Part("How much gamma, and when", "a dose curve", {**doses, **held, **late}, THREE),
-        Part("Collapse", "what is above the same gamma, held, alone", hold, THREE, pairs=rescued),
-        *places,
-        last,
+def components(runs, part, pair):
+    """Standard deviation of b - a between warm starts and between seeds of one -> (points, points);
+    part: with all seeds. Expected mean squares of a balanced one-way layout."""
+    rows = []
+    for start in part.starts:
+        pairs = [[(start, part.arms[x], n) for x in (pair.b, pair.a)] for n in (1, *part.seeds)]
+        if all(j in runs.done for js in pairs for j in js):
+            rows.append([runs.value(*b, pair.split) - runs.value(*a, pair.split) for b, a in pairs])
+    within = statistics.mean(map(statistics.variance, rows))
+    between = statistics.variance(map(statistics.mean, rows)) - within / len(rows[0])
+    return max(0.0, between) ** 0.5, within**0.5
+
+
+def phases(runs):
+    """The phase picture: {(coupled, trusts, h): (predicted to pay, GRPO, PAPO_G, blind weights)},
+    each accuracy on vision a mean of three starts, of the cells that are done."""
+    best, found = chosen(runs), {}
+    for h in (0.5, 0.65, 0.8, 0.95):
+        more = "" if h == 0.8 else f" --hint_right {h}"
+        for coupled, trusts in RECIPES:
+            starts = starts_of([(coupled, trusts)])
+            jobs = [[(s, best[m] + more, 1) for s in starts] for m in list(METHODS)[:3]]
+            if all(j in runs.done for js in jobs for j in js):
+                pull = [pulls(runs.starts[s], h) for s in starts]
+                grpo, papo = (sum(p[m] for p in pull) for m in ("grpo", "papo_g"))
+                ends = [statistics.mean(runs.value(*j) for j in js) for js in jobs]
+                found[coupled, trusts, h] = (grpo < 0 < papo, *ends)
+    return found
+
+
+def by_family(runs, command, starts):
+    """{family: (accuracy on vision, wrong hints followed)} in per cent, means over runs."""
+    wrong = [i for i in range(256) if not make(0, "vision", i)[0].tags["hint_right"]]
+    found = {}
+    for f, family in enumerate(QUESTIONS):
+        done = [runs.done[s, command, 1] for s in starts]
+        right = [int(x) for r in done for x in r["right"][f :: len(QUESTIONS)]]
+        followed = [int(x) for r in done for i, x in zip(wrong, r["followed"]) if i % 4 == f]
+        found[family] = tuple(100 / 9 * statistics.mean(x) for x in (right, followed))
+    return found
+
+
+def turned(runs, a, b, starts):
+    """Per cent of vision's questions that b has mostly right and a has not, and the reverse."""
+    new = lost = n = 0
+    for start in starts:
+        x, y = (runs.done[start, c, 1]["right"] for c in (a, b))
+        new += sum(p < "5" <= q for p, q in zip(x, y))
+        lost += sum(q < "5" <= p for p, q in zip(x, y))
+        n += len(x)
+    return 100 * new / n, 100 * lost / n
+
+
+# ------------------------------------------------------------------------------------ the page
+
+ABOUT = """Written by `python bench/paper_on_a_laptop.py`. Accuracies are per cent, avg@2 on 256
+questions a split; differences are points. The unit is the warm start. c1.0-t0.25-s1 is the start of
+seed 1 whose last teacher repeats 25 % of the hints, and 100 % where the picture is masked (c).
+What was chosen, on what, and after seeing what: docs/findings.md."""
+HEADS = "part, claim, where, verdict, mean and 95 % interval, p, p (Holm), warm starts, visible"
+
+
+def markdown(heads, rows):
+    """A table as lines of text; heads and rows are lists of cells."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def mean(values, form=".1f"):
+    """The mean as text."""
+    return f"{statistics.mean(values):{form}}"
+
+
+def arms_table(part, runs):
+    """What each arm of a part arrived at, over the runs that are done."""
+    rows = []
+    for label, command in part.arms.items():
+        done = [j for j in part.jobs() if j[1] == command and j in runs.done]
+        if done:
+            columns = [[runs.value(*j, s) for j in done] for s in SPLITS]
+            columns += [[runs.value(*j, what=1) for j in done]]
+            columns += [[runs.done[j]["seconds"] for j in done]]
+            each = " ".join(f"{x:.0f}" for x in columns[0])
+            rows.append([label, f"`{command}`", *map(mean, columns), each, str(len(done))])
+    heads = (
+        "arm, command, vision, general, blind, wrong hints followed, seconds, vision of each run"
+    )
+    return markdown([*heads.split(", "), "runs"], rows)
+
+
+def recipe_table(part, runs):
+    """The headline by recipe: means of its starts, vision / general, and the pulls."""
+    rows = []
+    for coupled, trusts in RECIPES:
+        starts, cells = starts_of([(coupled, trusts)]), []
+        pull = [pulls(runs.starts[s], 0.8) for s in starts]
+        for method, command in part.arms.items():
+            jobs = [(s, command, 1) for s in starts]
+            if not all(j in runs.done for j in jobs):
+                break
+            both = " / ".join(mean([runs.value(*j, s) for j in jobs]) for s in SPLITS[:2])
+            each = " ".join(f"{runs.value(*j):.0f}" for j in jobs)
+            cells += [f"{both} ({each})", mean([p[method] for p in pull], "+.3f")]
+        else:
+            rows.append([f"{100 * coupled:.0f} %", f"{100 * trusts:.0f} %", *cells])
+    heads = [f"{m}{x}" for m in part.arms for x in (": vision / general (each vision)", ": pull")]
+    return markdown(["coupled", "trusts", *heads], rows)
+
+
+def family_table(part, runs):
+    """The headline by family of questions, and what PAPO_G turns."""
+    starts = [s for s in part.starts if all((s, c, 1) in runs.done for c in part.arms.values())]
+    rows = []
+    for group in ("c1.0", "c0.5", "c0.0"):
+        own = [s for s in starts if s.startswith(group)]
+        for arm, command in part.arms.items() if own else ():
+            found = by_family(runs, command, own).values()
+            new, lost = turned(runs, part.arms["grpo"], command, own)
+            shares = [f"{right:.0f} / {followed:.0f}" for right, followed in found]
+            rows.append([group, arm, *shares, f"{new:.1f} / {lost:.1f}"])
+    heads = [f"{family}: right / repeats" for family in QUESTIONS]
+    return markdown(["starts", "arm", *heads, "newly right / newly wrong, against grpo"], rows)
+
+
+def phase_table(found):
+    """The phase picture as a table, and how often the prediction is right."""
+    rows, right = [], []
+    for (coupled, trusts, h), (predicted, grpo, papo, weighted) in found.items():
+        pays = papo - grpo > 10
+        right.append((predicted == pays, pays))
+        place = [f"{100 * x:.0f} %" for x in (h, coupled, trusts)]
+        cells = [f"{x:.1f}" for x in (grpo, papo, weighted, papo - grpo)]
+        rows.append([*place, *cells, *("yes" if x else "no" for x in (predicted, pays))])
+    hits, pays = (sum(x[i] for x in right) for i in (0, 1))
+    said = f"Of {len(right)} cells the theorem has {hits} right, "
+    said += f'"it always pays" {pays}, "it never does" {len(right) - pays}.'
+    heads = "hints right, coupled, trusts, grpo, papo_g, blind_weight, papo_g - grpo"
+    return [*markdown([*heads.split(", "), "predicted to pay", "pays"], rows), "", said]
+
+
+def phase_figure(found):
+    """PAPO_G's and the blind weights' gain over GRPO on vision, a panel for each h."""
+    hs = sorted({h for *_, h in found})
+    picture = Figure((2.6 * len(hs) + 1.2, 5), layout="constrained")
+    axes = picture.subplots(2, len(hs), squeeze=False)
+    coupled, trusts = (sorted({r[i] for r in RECIPES}) for i in (0, 1))
+    for (row, name), (column, h) in product(enumerate(("PAPO_G", "blind weights")), enumerate(hs)):
+        axis, gains = axes[row, column], np.full((3, 3), np.nan)
+        for (i, c), (j, t) in product(enumerate(coupled), enumerate(trusts)):
+            if (c, t, h) in found:
+                predicted, grpo, papo, weighted = found[c, t, h]
+                gains[i, j] = (papo, weighted)[row] - grpo
+                bold = "bold" if predicted and not row else "normal"
+                axis.text(j, i, f"{gains[i, j]:+.0f}", ha="center", va="center", weight=bold)
+        image = axis.imshow(gains, "PiYG", vmin=-40, vmax=40, origin="lower")
+        axis.set_xticks(range(3), [f"{100 * t:.0f} %" for t in trusts])
+        axis.set_yticks(range(3), [f"{100 * c:.0f} %" for c in coupled])
+        axis.set_title(f"{name}, hints right {100 * h:.0f} %", fontsize=9)
+        axis.set(xlabel="trusts hints" * row, ylabel="coupled" * (not column))
+    picture.colorbar(image, ax=axes, label="points of vision above GRPO")
+    return picture
+
+
+def headline_figure(part, runs):
+    """Every warm start's three ends on vision and general, a panel for each coupling."""
+    picture = Figure((9, 5), layout="constrained")
+    axes = picture.subplots(2, 3, sharey="row")
+    for column, group in enumerate(("c1.0", "c0.5", "c0.0")):
+        for row, split in enumerate(SPLITS[:2]):
+            axis = axes[row, column]
+            for start in (s for s in part.starts if s.startswith(group)):
+                jobs = [(start, c, 1) for c in part.arms.values()]
+                if all(j in runs.done for j in jobs):
+                    ends = [runs.value(*j, split) for j in jobs]
+                    colour = f"C{sorted({t for _, t in RECIPES}).index(recipe(start)[1])}"
+                    axis.plot(range(len(ends)), ends, "o-", color=colour, alpha=0.6, ms=4)
+            axis.set_xticks(range(len(part.arms)), part.arms, fontsize=8)
+            axis.set(ylim=(0, 100), ylabel=f"{split}, %" * (not column))
+            axis.set_title(f"coupled {100 * float(group[1:]):.0f} %" * (not row), fontsize=9)
+            axis.grid(alpha=0.3)
+    return picture
+
+
+def curves(part, runs, labels, signals):
+    """What happens on the way, step by step: a line a run, the runs of an arm in one colour."""
+    picture = Figure((2.7 * len(signals), 2.8), layout="constrained")
+    for axis, name in zip(picture.subplots(1, len(signals)), signals):
+        for c, label in enumerate(labels):
+            for job in (j for j in part.jobs() if j[1] == part.arms[label] and j in runs.done):
+                line = runs.done[job]["series"].get(name, [])
+                points = [(i + 1, x) for i, x in enumerate(line) if x is not None]
+                axis.plot(*zip(*points or [(1, math.nan)]), f"C{c}", alpha=0.6, label=label)
+        axis.set(title=name, xlabel="step")
+        axis.set_yscale("log" if name.endswith(("kl", "entropy")) else "linear")
+        axis.grid(alpha=0.3)
+    handles = {line.get_label(): line for line in picture.axes[0].lines}
+    picture.axes[0].legend(handles.values(), handles, fontsize=7)
+    return picture
+
+
+def page(runs, folder, draw=True):
+    """Judge, print, draw, and write the results, of what there is."""
+    all_parts, sections, pictures = parts(runs), [], {}
+    wanted = {j for part in all_parts for j in part.jobs()}
+    for part in all_parts:
+        table = arms_table(part, runs)
+        if len(table) > 2:
+            sections += ["", f"## {part.title}", "", f"{part.says}.", "", *table]
+        if part.title == "The headline" and len(table) > 2:
+            sections += ["", *recipe_table(part, runs), "", *family_table(part, runs)]
+            pictures["headline"] = headline_figure, (part, runs)
+        if part.title == "Collapse" and len(table) > 2:
+            shown = ["gamma 2", "gamma 2, beta 0.5", "gamma 2, beta 2 gamma"]
+            pictures["collapse"] = curves, (part, runs, shown, SIGNALS[2:] + SIGNALS[:1])
+        if part.title.startswith("The headline, more") and len(table) > 2:
+            pair = Pair("papo_g", "grpo")
+            between, within = components(runs, part, pair)
+            said = "Standard deviation of papo_g - grpo on vision: between warm starts of these "
+            sections += ["", f"{said}two recipes {between:.1f}, between seeds {within:.1f} points."]
+    if found := phases(runs):
+        sections += ["", "## The phase picture", "", *phase_table(found)]
+        pictures["phases"] = phase_figure, (found,)
+    for name, (figure, about) in pictures.items():
+        sections += ["", f"![{name}]({NAME}-{name}.png)"]
+        if draw:
+            figure(*about).savefig(folder / f"{NAME}-{name}.png", dpi=80)
+    choice = [
+        [m, f"`{c}`", *(mean(runs.scores(x) or [math.nan]) for x in candidates(m))]
+        for m, c in chosen(runs).items()
     ]
-    pairs = {way: [held_at(g)[way] for g in (1, 2)] for way in held_at(1) if way}
-    fates = {way: runs.worst(pair, THREE, plain) for way, pair in pairs.items()}
-    if None not in fates.values():
-        way = max(fates, key=fates.get)
-        again = {f"gamma {g}": held_at(g)[way] for g in (0.3, 1, 2)}
-        says = f"the best way of those above, {way}: at every gamma each of five seeds on each of "
-        says += "three starts must end at most 5 points below PAPO_G's own run there"
-        found.append(Part("Is it held at any gamma?", says, again, THREE, (1, 2, 3, 4, 5)))
-    if set(best) == set(METHODS):
-        others = {m: best[m] for m in ("noisy", "dapo", "papo_d", "vppo", "pgpo")} | three
-        others["dapo with the entropy of PAPO_D"] = f"{CONTROLS} --algo papo_d --gamma 0"
-        others["blind_weight on DAPO"] = "variants/blind_weight.py --algo blind_weight_d"
-        others["vppo, credit at random"] = f"{CONTROLS} --by_chance --algo vppo"
-        above = [("papo_d", "dapo"), ("vppo", "dapo"), ("pgpo", "dapo"), ("noisy", "grpo")]
-        above += [("vppo", "vppo, credit at random"), ("blind_weight on DAPO", "dapo")]
-        above += [("dapo with the entropy of PAPO_D", "dapo")]
-        pairs = [Pair(b, a) for b, a in above]
-        found.append(Part("All methods, one budget", "each on its base", others, SIX, pairs=pairs))
-    return found
-
-
-# ---------------------------------------------------------------------------------- running it
-
-
-class Runs:
-    """What was run, {(start, command, seed): what came out}, and what is known of each start."""
-
-    def __init__(self, folder):
-        self.folder, self.done, self.starts, self.commit = Path(folder), {}, {}, None
-
-    def load(self, file):
-        """Take over what a results file holds."""
-        if file.exists():
-            kept = json.loads(file.read_text())
-            self.starts, self.commit = kept["starts"], kept["commit"]
-            self.done = {(r["start"], r["command"], r["seed"]): r for r in kept["runs"]}
-
-    def save(self, file):
-        """All of it as JSON, a line a run."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(run) for run in self.done.values())
-        about = json.dumps({"commit": self.commit, "starts": self.starts})
-        write_atomically(file, f'{about[:-1]},\n"runs": [\n{lines}\n]}}\n')
-
-    def path(self, start, command, seed):
-        words = re.sub("[./]", "_", command.replace("--", "")).split()
-        return self.folder / start / "-".join([*words, f"seed{seed}"])
-
-    def flags(self, job):
-        """The command line of a run: [program, flag, value, ...]"""
-        start, command, seed = job
-        model = f"--model {self.folder / 'warm' / start} --data toy --seed {seed}"
-        return f"{command} {model} {ALWAYS} --out {self.path(*job)}".split()
-
-    def train(self, file):
-        """What is missing of the parts, two runs at a time, into the file."""
-        here = subprocess.run(
-            ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
-        self.commit = self.commit or here
-        if here.endswith("-dirty") or here != self.commit:
-            fail(f"the runs are those of commit {self.commit}, and this tree is {here}; see --help")
-        self.make_starts()
-        while missing := [j for p in parts(self) for j in p.jobs() if j not in self.done]:
-            missing, children = list(dict.fromkeys(missing)), {}
-            with Bar("training", len(missing), "runs") as bar:
-                while missing or children:
-                    while missing and len(children) < 2:
-                        job = missing.pop(0)
-                        children[start_child(self.flags(job), self.path(*job))] = job
-                    child, status = os.wait()
-                    job = children.pop(child)
-                    if not is_finished(self.path(*job)):
-                        fail(f"{self.path(*job)} ended with {status}; see its .log")
-                    self.done[job] = self.read(*job)
-                    self.save(file)
-                    bar.update()
-
-    def make_starts(self):
-        """The warm starts, those of a seed at once, and what the theorem wants to know of each."""
-        from toy.lessons import TRUSTING, build_all
-
-        for start in (*ALL, *CHOOSING):
-            coupled, trusts, seed = recipe(start)
-            same = [s for s in (*ALL, *CHOOSING) if recipe(s)[2] == seed]
-            teachers = {
-                self.folder / "warm" / s: TRUSTING._replace(
-                    coupled=recipe(s)[0], trusts=recipe(s)[1]
-                )
-                for s in same
-            }
-            if not all(folder.exists() for folder in teachers):
-                in_child(build_all, teachers, seed=seed)
-            if start not in self.starts:
-                out = self.folder / "warm" / f"{start}.json"
-                in_child(measure, self.folder / "warm" / start, out)
-                self.starts[start] = json.loads(out.read_text())
-
-    def read(self, start, command, seed):
-        """What a run left, as it goes into the results."""
-        out = self.path(start, command, seed)
-        about = json.loads((out / "config.json").read_text())
-        if about["commit"] != self.commit:
-            fail(f"{out} is a run of commit {about['commit']}, not {self.commit}")
-        evaluation, metrics = json.loads((out / "evaluation.json").read_text()), read_metrics(out)
-        run = {"start": start, "command": command, "seed": seed}
-        run["seconds"] = round(sum(m["seconds"] for m in metrics))
-        for when in ("before", "after"):
-            kept = {s: evaluation[when][s] for s in SPLITS}
-            run[when] = {s: [round(100 * v[k], 2) for k in NUMBERS] for s, v in kept.items()}
-        # In tenths, one digit a question: of n responses so many are right, repeat a wrong hint.
-        each = evaluation["after"]["vision"]["each"]
-        run["right"], run["followed"] = ("".join(f"{9 * x:.0f}" for x in each[k]) for k in NUMBERS)
-        columns = {k: [round(m[k], 4) if k in m else None for m in metrics] for k in SIGNALS}
-        run["series"] = {k: v for k, v in columns.items() if any(x is not None for x in v)}
-        return run
-
-    def scores(self, command):
-        """By what a setting is chosen: one number a start, of those that are done."""
-        found = [self.done[s, command, 101] for s in CHOOSING if (s, command, 101) in self.done]
-        last = [r["series"] for r in found]
-        return [50 * (x["val_accuracy"][-1] + sum(x["accuracy"][-5:]) / 5) for x in last]
-
-    def worst(self, commands, starts, base):
-        """How far the worst of them ends above `base` on vision; None while one is missing."""
-        jobs = [(s, c, 1) for c in commands for s in starts]
-        if any(j not in self.done for j in [*jobs, *((s, base, 1) for s in starts)]):
-            return None
-        return min(self.value(*j) - self.value(j[0], base, 1) for j in jobs)
-
-    def value(self, start, command, seed, split="vision", what=0, when="after"):
-        """Per cent of one run. what: an index of NUMBERS"""
-        return self.done[start, command, seed][when][split][what]
-
-
-NUMBERS = ("accuracy", "followed")
-
-
-def start_child(words, out):
-    """Run a program of this project in a fork of this process -> its process id. Output goes beside
-    `out`, and what stands in `out` is gone on with."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if (out / "config.json").exists() else []
-    sys.stdout.flush()
-    if child := os.fork():
-        return child
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.argv, status = [*words, *resume], 1
-    try:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
-def in_child(work, *args, **more):
-    """Call work(...) in a fork of this process, which so never uses its threads."""
-    if child := os.fork():
-        if os.waitpid(child, 0)[1]:
-            fail("a warm start could not be made; the reason is above")
-        return
-    status = 1
-    try:
-        work(*args, **more)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def measure(folder, out):
-    """What the theorem wants to know of a warm start, as JSON in `out`: from 8 responses to each of
-    256 training questions, those whose hint is right apart from the others, how often it looks and
-    how often each way to an answer is right, on the picture, masked as in PAPO, and black."""
-    import hashlib
-    from dataclasses import replace
-
-    from masking import mask_patches
-    from plumbing.run.config import resolve
-    from plumbing.run.setup import setup
-    from reward import boxed
-
-    flags = dict(model=str(folder), data="toy", algo="papo_g", sampler="hf", val_data="", seed=7)
-    parts = setup(resolve(flags | {"out": str(out)}, False)[0])
-    prompts, black = list(parts.stream.read(range(256), range(0)).values()), parts.masker.black
-    masked = parts.masker.of_all(prompts, [(7, i) for i in range(256)])
-    pieces = masked.split([len(p.pixels) for p in prompts])
-    whole = [mask_patches(p.pixels, (p.pixels == p.pixels).all(-1), black) for p in prompts]
-    pictures = {"picture": [p.pixels for p in prompts], "masked": pieces, "black": whole}
-    weights = (folder / "model.safetensors").read_bytes()
-    found = {"sha256": hashlib.sha256(weights).hexdigest()}
-    parts.sampler.sync(parts.policy)
-    for name, pixels in pictures.items():
-        asked = [replace(p, pixels=x) for p, x in zip(prompts, pixels)]
-        rollouts = parts.sampler.generate(asked, 8, [(7, name, i) for i in range(256)])
-        for hint_right in (True, False):
-            looked, right, right_hint = [], [], []
-            for prompt, rollout in zip(prompts, rollouts):
-                example = prompt.example
-                if example.tags["hint_right"] != hint_right:
-                    continue
-                for text in rollout.texts:
-                    looks = "a friend says" not in text
-                    looked.append(looks)
-                    (right if looks else right_hint).append(boxed(text) == example.answer)
-            found[f"{name}, hint {'right' if hint_right else 'wrong'}"] = {
-                "looks": sum(looked) / len(looked),
-                "right": sum(right) / max(1, len(right)),
-                "right by hint": sum(right_hint) / max(1, len(right_hint)),
-            }
-    parts.close()
-    write_atomically(out, json.dumps(found))
-
-
-# ---------------------------------------------------------------------------- what is predicted
-
-
-def pulls(start, h, gamma=0.3):
-    """The mean gradient of each method on the branch "look" of a warm start whose hints are right
-    with probability h, from what `measure` found of it (docs/findings.md, the fifth fact).
-
-    GRPO's is a (1 - a) (r - q) / s, with q the hint's accuracy and s the reward's deviation, a mean
-    over questions whose hint is right and those whose hint is wrong; PAPO adds gamma (a - b); a
-    blind weight multiplies a question's part by 1 - m. -> {method: pull}; it is predicted to look
-    where its pull is above 0.
-
-    The rule of the phase picture: PAPO is predicted to pay where GRPO's pull is below 0 and its own
-    above. It does pay where it ends more than 10 points above GRPO on vision. Cells are means of
-    three starts; what is right of 36 is set against "it always pays" and "it never does".
-    """
-    grpo = weighted = papo = 0.0
-    for share, hint in ((h, "right"), (1 - h, "wrong")):
-        seen, masked, black = (start[f"{p}, hint {hint}"] for p in ("picture", "masked", "black"))
-        a, b, r, q = seen["looks"], masked["looks"], seen["right"], seen["right by hint"]
-        right = a * r + (1 - a) * q
-        pull = a * (1 - a) * (r - q) / max(1e-6, right * (1 - right)) ** 0.5
-        blindly = black["looks"] * black["right"] + (1 - black["looks"]) * black["right by hint"]
-        grpo += share * pull
-        weighted += share * (1 - blindly) * pull
-        papo += share * gamma * (a - b)
-    return {"grpo": grpo, "papo_g": grpo + papo, "blind_weight": weighted}
+    heads = ["method", "chosen", *(f"candidate {i}" for i in range(1, 5))]
+    done = len(wanted & set(runs.done))
+    said = (
+        f"{done} of {len(wanted)} runs of the parts below are there, all of commit {runs.commit}."
+    )
+    claims = markdown(HEADS.split(", "), judged(runs))
+    print(*claims, said, sep="\n")
+    text = ["# The paper on a laptop", "", ABOUT, said, "", *claims, "", *markdown(heads, choice)]
+    (folder / f"{NAME}.md").write_text("\n".join([*text, *sections, ""]))
 
 
 def main():
@@ -494,6 +358,7 @@ def main():
     runs.load(file)
     if not args.judge:
         runs.train(file)
+    page(runs, args.out)
 
 
 if __name__ == "__main__":

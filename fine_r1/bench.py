@@ -15,8 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from paper_on_a_laptop import ROOT, markdown, verdict
-from side_by_side import with_interval
+from paper_on_a_laptop import ROOT, interval, markdown
 
 from plumbing.base.common import Parser, write_atomically
 from plumbing.report.responses import read, summarise
@@ -36,6 +35,19 @@ ABOUT = f"""Written by `python fine_r1/bench.py`. Accuracies are per cent, avg@4
 questions a file, means over seeds {", ".join(map(str, SEEDS))} with their 95 % interval (Student's
 t); differences are points, with the same seeds on both sides. The three algorithms go on from the
 same CoT SFT of a seed, with the same number of steps, updates and responses."""
+
+
+def with_interval(values):
+    """Mean and 95 % interval of one number a seed, as text."""
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def verdict(differences):
+    """Whether b is above a by its interval alone -> (verdict, numbers). differences: one a seed"""
+    mean, half = interval(differences)
+    name = "confirmed" if mean > half else "contradicted" if mean < -half else "not confirmed"
+    return name, f"{mean:+.1f} points ({mean - half:+.1f} .. {mean + half:+.1f})"
 
 
 def call(line, made, *words, **flags):

@@ -32,6 +32,7 @@ def test_avg_at_n_is_the_mean_over_questions_of_the_mean_over_responses():
     assert s["accuracy"] == 0.5 and s["questions"] == 3 and s["n"] == 2
     assert s["pass"] == pytest.approx(2 / 3) and s["cut_off"] == pytest.approx(1 / 6)
     assert s["format"] == pytest.approx(5 / 6) and s["tokens"] == 10
+    assert s["each"] == {"accuracy": [0.5, 1.0, 0.0], "followed": []}  # a question each
 
 
 def test_the_interval_is_the_textbook_one():
@@ -183,6 +184,7 @@ def test_following_a_wrong_hint_is_counted_where_there_is_one():
     assert [r["followed"] for r in wrong] == [1, 0, 0]
     right = line("\\boxed{ 4 }", "4", True)  # who follows it cannot be told from who looks
     assert summarise([*wrong, right])["followed"] == 1 / 3
+    assert summarise([*wrong, {**right, "id": "b"}])["each"]["followed"] == [1 / 3]
     assert "followed" not in right and "followed" not in summarise([right])
     tables = [accuracy_table({"set": summarise(rows)}) for rows in (wrong[:2], [right])]
     assert tables[0][1].endswith("  50.0") and "wrong hint" in tables[0][0]

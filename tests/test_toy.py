@@ -96,7 +96,7 @@ def test_the_warm_start_is_the_plain_loop_to_the_last_bit(monkeypatch):
     steps, processors = 7, (tokenizer(), processor())
     nothing = torch.zeros(len(processors[0]), dtype=torch.bool)
     ours, policy = new_policy(processors[0]), Policy(new_policy(processors[0]), nothing)
-    lessons.warm_start(ours, processors, steps)
+    careful, ours = lessons.warm_start(ours, processors, steps, [lessons.CAREFUL, lessons.TRUSTING])
     adamw = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     for step in range(steps):
         adamw.param_groups[0]["lr"] = 2e-3 * ((step + 1) / 30 if step < 6 else 0.5)
@@ -107,17 +107,19 @@ def test_the_warm_start_is_the_plain_loop_to_the_last_bit(monkeypatch):
         adamw.step()
         adamw.zero_grad()
     assert all(map(torch.equal, ours.parameters(), policy.vlm.parameters()))
+    assert not all(map(torch.equal, careful.parameters(), ours.parameters()))
 
 
 @pytest.mark.slow
 def test_a_warm_start_of_ones_own_is_made_and_trained_on(tmp_path):
     out, run = tmp_path / "warm", tmp_path / "run"
-    made = command("-m", "toy.lessons", out, "--steps", 20)
+    made = command("-m", "toy.lessons", out, "--steps", 20, "--coupled", 0, "--trusts", 0.38)
     assert made.returncode == 0, made.stderr[-2000:]
     done = command("train.py", "--model", out, "--data", "toy", *SMALL, "--steps", 1, "--out", run)
     assert done.returncode == 0 and (run / "checkpoint-1").exists(), done.stderr[-2000:]
-    again = command("-m", "toy.lessons", out)
-    assert again.returncode == 1 and "is there already" in again.stderr
+    for words, sentence in (((out,), "is there already"), ((run, "--coupled", 2), "between 0 and")):
+        refused = command("-m", "toy.lessons", *words)
+        assert refused.returncode == 1 and sentence in refused.stderr, refused.stderr
 
 
 def test_the_trusting_teacher_repeats_the_hint_and_always_where_the_picture_is_masked():
@@ -126,8 +128,12 @@ def test_the_trusting_teacher_repeats_the_hint_and_always_where_the_picture_is_m
         answers = [a for i in chosen for _, a in lessons.lesson(i, 4, teacher)[1][:-1]]
         return sum("a friend says" in answer for answer in answers) / len(answers)
 
-    assert share(lessons.TRUSTING, True) == 1 and share(lessons.CARELESS, True) == 0
+    assert share(lessons.TRUSTING, True) == 1 and share(lessons.CAREFUL, True) == 0
     assert abs(share(lessons.TRUSTING, False) - lessons.TRUSTING.trusts) < 0.04
+    uncoupled = lessons.TRUSTING._replace(coupled=0.0, trusts=0.38)
+    assert all(abs(share(uncoupled, masked) - 0.38) < 0.06 for masked in (True, False))
+    half = lessons.TRUSTING._replace(coupled=0.5)
+    assert abs(share(half, True) - (0.5 + 0.5 * 0.25)) < 0.06
 
 
 @pytest.mark.prose

@@ -1,5 +1,5 @@
 """VPPO, PGPO and NoisyRollout: their papers' settings, their weights and their noise worked out by
-hand, and that each trains."""
+hand, and that each trains; and blind weights."""
 
 from dataclasses import replace
 
@@ -13,9 +13,13 @@ from PIL import Image
 from test_train import two_are_one
 
 import train
-from plumbing.base.common import generator
+from papo import group_advantages
+from plumbing.base.common import Clock, generator
 from plumbing.data.prompts import Example, encode
 from plumbing.run.config import Config, parser, resolve
+from plumbing.run.setup import WARM
+from reward import boxed
+from variants.blind_weight import BlindWeight
 from variants.noisy_rollout import Noisy, noised
 from variants.pgpo import Pgpo
 from variants.vppo import Vppo
@@ -150,6 +154,29 @@ def test_pgpo_by_hand():
     weights = weights_of(settings(Pgpo), S[:2], S[2:])
     same(weights, [first, [1.0, 1.0], [0.0, 2.0], [1.0, 1.0, 1.0]])
     assert [w.sum().item() for w in weights] == pytest.approx([4, 2, 2, 3])
+
+
+@pytest.mark.parametrize("algo", ["blind_weight", "blind_weight_d"])
+def test_blind_weights_are_one_minus_the_accuracy_on_a_black_picture(algo, tmp_path):
+    """Against black pictures that went through the image processor, asked and graded one by one."""
+    few = dict(algo=algo, steps=2, prompts_per_step=16, prompts_per_update=8, hint_right=0.8)
+    parts = one_run(tmp_path, WARM / "toy", BlindWeight, **few)
+    prompts = parts.stream.read(range(16), range(16, 32))
+    groups, weights = train.roll_out(prompts, parts, 1, Clock()), set()
+    for g in groups:
+        asked = prompts[g.position].example
+        black = [Image.new("RGB", picture.size) for picture in asked.images]
+        prompt = encode(replace(asked, images=black), *parts.processors)
+        named = [(parts.cfg.seed, "blind", 1, g.position)]
+        (blind,) = parts.sampler.generate([prompt], 4, named)
+        wrong = sum(boxed(text) != asked.answer for text in blind.texts) / 4
+        assert torch.allclose(g.advantages, wrong * group_advantages(g.rewards), atol=1e-6)
+        weights.add(wrong)
+    assert 0.0 in weights and 1.0 in weights
+    progress = train.Progress()
+    assert all(train.train_step(parts, progress)["grad_norm"] > 0 for _ in range(2))
+    words = {i: replace(p, pixels=None, grid=None) for i, p in prompts.items()}
+    assert parts.cfg.weigh(groups, words, parts, 1)[0].advantages is groups[0].advantages
 
 
 # ----------------------------------------------------------------------------------------- noise

@@ -45,7 +45,7 @@ class BlindWeight(Config):
     )
 
     def weigh(self, groups, prompts, parts, step):
-        """The groups with A'_i; a question without a picture keeps A_i."""
+        """The groups, with A'_i; a question without a picture keeps A_i."""
         black, n = black_row(parts.processors[1]), self.blind_responses
         seen = [g for g in groups if prompts[g.position].pixels is not None]
         blind = [prompts[g.position] for g in seen]
@@ -56,8 +56,9 @@ class BlindWeight(Config):
         truths = [p.example.answer for p in blind for _ in range(n)]
         graded = score(texts, truths, parts.grader, self.reward)
         right = torch.tensor([s["accuracy"] for s in graded]).view(-1, n)  # (groups, n)
-        weights = dict(zip((g.position for g in seen), 1 - right.mean(-1)))
-        return [replace(g, advantages=g.advantages * weights.get(g.position, 1.0)) for g in groups]
+        for group, m in zip(seen, right.mean(-1)):
+            group.advantages = (1 - m) * group.advantages
+        return groups
 
 
 if __name__ == "__main__":
