@@ -670,6 +670,44 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # </details>
 
 # %% [markdown]
+# **When does looking pay?** Take a policy of two branches. It *looks*, with probability $a$ on the
+# picture and $b$ on the masked one, and is then right with probability $r$; or it repeats the hint,
+# which is right with probability $h$. The mean gradients on looking are
+#
+# $$\text{reward: } a(1 - a)(r - h) \qquad \text{perception loss: } a - b$$
+#
+# (`tests/test_theory.py`, the fifth fact). The reward asks whether looking is worth more than the
+# hint; the perception loss only asks what the picture makes likelier. So PAPO pays where hints are
+# worth more than looking and the masked policy looks less, and it has nothing to add elsewhere.
+#
+# **Exercise 6.** For this toy $h = 0.8$, and its warm start looks with $a = 0.8$ and $r = 0.5$. At
+# which $\gamma$ is looking pushed up, if $b = 0.1$? And if the masked policy looks as often as the
+# other one? What becomes of the reward's part if a question counts $1 - m$, with $m$ its accuracy
+# on a black picture, where the policy repeats the hint?
+
+# %%
+# Your answer goes here.
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The reward pulls by $0.16 \cdot (-0.3) = -0.048$ towards the hint. With $b = 0.1$ the perception
+# loss pushes by $0.7 \gamma$, so from $\gamma = 0.07$ on looking wins; with $b = a$ no gamma helps.
+# With the weights, a question whose hint is right has $m = 1$ and counts nothing. What is left are
+# the questions whose hint is wrong, and of these looking is the only way to be right: the pull is
+# $0.2 \cdot 0.16 \cdot 0.5 = +0.016$, without any perception loss (`variants/blind_weight.py`). This
+# leaves out that both ways change while they are learned; section 8 says how well it predicts.
+#
+# ```python
+# assert math.isclose(0.8 * 0.2 * (0.5 - 0.8), -0.048)
+# assert 0.06 < 0.048 / (0.8 - 0.1) < 0.07
+# weighted = 0.8 * (1 - 1) * 0.8 * 0.2 * (0.5 - 1) + 0.2 * (1 - 0) * 0.8 * 0.2 * (0.5 - 0)
+# assert math.isclose(weighted, 0.016)
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## 6. The objective (minutes 60-70)
 #
 # `papo.objective` adds the terms up, over all tokens of a batch at once. To see that there is
@@ -768,7 +806,7 @@ small.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
 show("6-terms")
 
 # %% [markdown]
-# **Exercise 6.** Take one term away at a time (set its weight to 0 in `replace(all_on, ...)`). For
+# **Exercise 7.** Take one term away at a time (set its weight to 0 in `replace(all_on, ...)`). For
 # which of the weights gamma, beta, eta1 and eta2 does the loss change? For which does its gradient
 # in the tokens' log-probabilities change?
 
@@ -859,7 +897,7 @@ panels = {
     "val_followed": "wrong hints followed",
     "perception_kl": "KL_prcp, nats a token",
     "entropy": "entropy, nats a token",
-    "masked_entropy": "entropy, masked picture",
+    "masked_entropy": "cross-entropy, masked picture",
     "reward": "reward",
 }
 figure, axes = plt.subplots(1, len(panels), figsize=(17, 2.8), layout="constrained")
@@ -878,7 +916,7 @@ show("7-training")
 # GRPO has no KL_prcp, since it has no masked branch. PAPO_G lowers gamma to 0 over its first 20
 # steps (`--anneal_steps`), and from then on it has none either.
 #
-# **Exercise 7.** (a) What is gained with PAPO_G? Is anything lost on `general`, where hints are as
+# **Exercise 8.** (a) What is gained with PAPO_G? Is anything lost on `general`, where hints are as
 # good as in training? With which hints would you expect a loss? (b) In the run with too large a
 # gamma, which signal is the first to be twice what it was: KL_prcp or one of the entropies? Or is
 # the reward halved before? (c) What could one watch to stop such a run in time?
@@ -948,7 +986,7 @@ for number, claim in enumerate(results["claims"], 1):
 # The picture is the seventh claim: accuracy after training, for hints that are right from 50 % to
 # 95 % of the time, and for a policy that never learned to trust them (*no trust*).
 #
-# **Exercise 8.** Is the paper refuted? Find what is *contradicted*, and two lines that are *not
+# **Exercise 9.** Is the paper refuted? Find what is *contradicted*, and two lines that are *not
 # confirmed*. What would it take to decide those two?
 
 # %%

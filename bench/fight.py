@@ -23,7 +23,7 @@ def recipe(start):
 
 ALL, SIX, THREE = starts_of(RECIPES), starts_of(TUNING), starts_of(RECIPES[1::3], seeds=(1,))
 CHOOSING = starts_of(TUNING, seeds=(100,))
-CONTROLS = "bench/controls.py"
+CONTROLS, DAPO = "bench/controls.py", ("dapo", "papo_d")
 BATCH_16 = "--group_size 16 --prompts_per_step 16 --prompts_per_update 8"  # as many responses
 BONUS = "--entropy exact --eta1 -0.01"
 # Every method chooses among four: its first is the default. The score is the mean of `val` at the
@@ -159,6 +159,13 @@ def parts(runs):
     doses = {"gamma 0": "train.py --algo grpo", **doses, "gamma 0.3": plain}
     held = {f"gamma {g}, held": f"{plain} --gamma {g} --anneal_steps 0" for g in (0.02, 0.1, 0.3)}
     late = {f"from step {n}": f"{CONTROLS} --algo papo_g --gamma_from {n}" for n in (10, 20)}
+    grad, bare = "--masked_branch grad", "--kl_clamp 0"
+    apart = {"k3, no clamp": bare, "k3, through pi_mask": grad}
+    apart |= {"k3, no clamp, through pi_mask": f"{bare} {grad}"}
+    apart |= {k.replace("k3", "printed"): f"--perception printed {f}" for k, f in apart.items()}
+    apart |= {"printed": "--perception printed"}
+    apart |= {"exact, fresh": "--perception exact --masked_branch fresh"}
+    apart = {k: f"{plain} {f}" for k, f in apart.items()}
     hold = {}
     for g in (1, 2):
         hold |= {f"gamma {g}, {way}".strip(", "): c for way, c in held_at(g).items()}
@@ -173,7 +180,7 @@ def parts(runs):
     found = [
         first,
         Part("The headline", Pair.__doc__.strip(), three, ALL, pairs=head),
-        Part("The headline, more seeds", "variance inside a warm start", three, SIX, (2, 3)),
+        places[0],
         Part(
             "Trained blind",
             "PAPO's gain is gone when trained blind: above GRPO by less than 5 points",
@@ -191,10 +198,18 @@ def parts(runs):
             + [Pair("blind_weight", k) for k in number]
             + both("blind_weight with PAPO", "blind_weight"),
         ),
-        Part("Longer", "each against its 30 steps", {**three, **slow}, THREE),
-        Part("How much gamma, and when", "a dose curve", {**doses, **held, **late}, THREE),
+        Part("The headline, more seeds", "variance inside a warm start", three, SIX, (2, 3)),
         Part("Collapse", "what is above the same gamma, held, alone", hold, THREE, pairs=rescued),
-        *places,
+        Part("How much gamma, and when", "a dose curve", {**doses, **held, **late}, THREE),
+        Part(
+            "The estimator, taken apart",
+            "each against k3, kept, clamped",
+            {"k3": plain, **apart},
+            THREE,
+            pairs=[Pair("k3", k) for k in apart],
+        ),
+        Part("Longer", "each against its 30 steps", {**three, **slow}, THREE),
+        *places[1:],
         last,
     ]
     pairs = {way: [held_at(g)[way] for g in (1, 2)] for way in held_at(1) if way}
@@ -215,6 +230,8 @@ def parts(runs):
         above += [("dapo with the entropy of PAPO_D", "dapo")]
         pairs = [Pair(b, a) for b, a in above]
         found.append(Part("All methods, one budget", "each on its base", others, SIX, pairs=pairs))
+        dapo = {f"{m}, {n} steps": f"{best[m]} --steps {n}" for m in DAPO for n in (60, 120)}
+        found.append(Part("DAPO longer", "each against its 30 steps", dapo, THREE))
     return found
 
 

@@ -342,7 +342,8 @@ def page(runs, folder, draw=True):
     said = (
         f"{done} of {len(wanted)} runs of the parts below are there, all of commit {runs.commit}."
     )
-    claims = markdown(HEADS.split(", "), judged(runs))
+    runs.claims = judged(runs)
+    claims = markdown(HEADS.split(", "), runs.claims)
     print(*claims, said, sep="\n")
     text = ["# The paper on a laptop", "", ABOUT, said, "", *claims, "", *markdown(heads, choice)]
     (folder / f"{NAME}.md").write_text("\n".join([*text, *sections, ""]))
@@ -359,6 +360,7 @@ def main():
     if not args.judge:
         runs.train(file)
     page(runs, args.out)
+    runs.save(file)
 
 
 if __name__ == "__main__":

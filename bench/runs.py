@@ -35,6 +35,7 @@ class Runs:
 
     def __init__(self, folder):
         self.folder, self.done, self.starts, self.commit = Path(folder), {}, {}, None
+        self.claims = []  # the page's first table, for who reads the file
 
     def load(self, file):
         """Take over what a results file holds."""
@@ -47,7 +48,8 @@ class Runs:
         """All of it as JSON, a line a run."""
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(run) for run in self.done.values())
-        about = json.dumps({"commit": self.commit, "starts": self.starts})
+        known = {"commit": self.commit, "starts": self.starts, "claims": self.claims}
+        about = json.dumps(known)
         write_atomically(file, f'{about[:-1]},\n"runs": [\n{lines}\n]}}\n')
 
     def path(self, start, command, seed):
@@ -101,7 +103,8 @@ class Runs:
                 in_child(build_all, teachers, seed=seed)
             if start not in self.starts:
                 out = self.folder / "warm" / f"{start}.json"
-                in_child(measure, self.folder / "warm" / start, out)
+                if not out.exists():
+                    in_child(measure, self.folder / "warm" / start, out)
                 self.starts[start] = json.loads(out.read_text())
 
     def read(self, start, command, seed):

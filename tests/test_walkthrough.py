@@ -28,15 +28,15 @@ def answers(source):
 CELLS = list(cells_of(SCRIPT.read_text()))
 
 
-def test_eight_sections_of_ninety_minutes_with_an_exercise_and_a_folded_answer_each():
+def test_eight_sections_of_ninety_minutes_with_exercises_and_folded_answers():
     text = "\n".join(source for kind, source in CELLS if kind == "markdown")
     minutes = re.findall(r"^## (\d)\. .*\(minutes (\d+)-(\d+)\)$", text, re.M)
     numbers, starts, ends = zip(*(map(int, m) for m in minutes))
     assert numbers == tuple(range(1, 9)) and starts == (0, *ends[:-1]) and ends[-1] == 90
-    assert re.findall(r"\*\*Exercise (\d)\.\*\*", text) == list("12345678")
+    assert re.findall(r"\*\*Exercise (\d)\.\*\*", text) == list("123456789")
     folded = re.findall(r"<details><summary>Answer</summary>\n\n(.*?)</details>", text, re.S)
-    assert len(folded) == 8 and all("assert " in answers(answer)[0] for answer in folded)
-    assert CELLS.count(("code", "# Your answer goes here.")) == 8
+    assert len(folded) == 9 and all("assert " in answers(answer)[0] for answer in folded)
+    assert CELLS.count(("code", "# Your answer goes here.")) == 9
     assert max(source.count("\n") for kind, source in CELLS if kind == "code") < 45  # a screen
 
 
