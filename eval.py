@@ -21,7 +21,7 @@ import plumbing  # noqa: F401  before torch: how its threads wait
 import torch
 
 import toy.task  # noqa: F401  registers the data set "toy"
-from plumbing.base.common import Parser, fail, may_write
+from plumbing.base.common import Parser, fail, hold, may_write
 from plumbing.base.console import Bar, doing
 from plumbing.data.prompts import Example, encode_all
 from plumbing.data.sources import (
@@ -192,6 +192,7 @@ def evaluate(args: Namespace) -> None:
     same += " hint_right reward"
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     may_write(out.parent)
+    hold(out)
     done = answered(out, settings)
     sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None
     if any(sets.values()):

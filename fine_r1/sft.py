@@ -85,6 +85,7 @@ class SftConfig:
     epochs: float = knob(1.0, "times that every row is learned from", above=0)
     steps: int = borrow("steps", default=0, help="updates; 0: as --epochs says", above=None, low=0)
     resume: bool = borrow("resume")
+    other_rows: bool = borrow("other_rows")
     prompts_per_update: int = borrow("prompts_per_update", part="Batch and model")
     tokens_per_forward: int = borrow("tokens_per_forward")
     cutoff: int = knob(4096, "longer conversations are left out", above=0)

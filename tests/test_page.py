@@ -2,11 +2,15 @@
 
 import json
 import math
+import random
 import re
+import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
+from conftest import ROOT
 
 from plumbing.report import page, record
 from plumbing.report.__main__ import main
@@ -169,3 +173,43 @@ def test_what_only_shows_a_run_never_ends_it(tmp_path, capsys, monkeypatch):
     (out / "report.html").unlink(), (out / "report.html").mkdir()
     record.write_page(out)
     assert "warning: report.html is not written (" in capsys.readouterr().out
+
+
+def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
+    whole = [{"step": 1, "reward": 0.5}, {"step": 4}]
+    odd = ["[1]", "null", '{"step": "2"}', '{"reward": 1}', "\x00\x00", '{"step": 3, "rew']
+    lines = [json.dumps(whole[0]), *odd, json.dumps(whole[1])]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n{")
+    assert record.read_metrics(tmp_path) == whole[:1]  # and the last one ends in half a character
+    record.cut_metrics(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(whole[0]) + "\n"
+
+
+def test_signs_of_a_collapse_are_found_in_long_runs_too():
+    """As by the definition, line by line; and for 10,000 steps in a moment."""
+    chance = random.Random(1)
+
+    def line(step, gone):
+        kl = {} if step % 7 == 0 else {"perception_kl": (9.0 if gone else 0.1) * chance.random()}
+        return {"step": step, "reward": 0.5, "entropy": 0.5 + chance.random(), **kl}
+
+    lines = [line(step, step > 60) for step in range(1, 100)]
+    (sign,) = [s for s in record.SIGNS_OF_COLLAPSE if s[0] == "perception_kl"]
+    gone = [m["step"] for i, m in enumerate(lines) if record.is_anomalous(lines[: i + 1], sign)[0]]
+    assert 60 < gone[0] < 66 and record.first_anomaly(lines) == {"perception_kl": gone[0]}
+    began = time.process_time()
+    assert record.first_anomaly([line(step, False) for step in range(10_000)]) == {}
+    assert time.process_time() - began < 10
+
+
+def test_two_programs_may_write_one_file(tmp_path):
+    """Each whole, and nothing half-made is left."""
+    texts = [word * 100_000 for word in "ab"]
+    code = "import sys, pathlib, plumbing.base.common as c\nfor _ in range(200):\n"
+    code += "    c.write_atomically(pathlib.Path(sys.argv[1]) / 'page', sys.argv[2] * 100_000)"
+    asked = [[sys.executable, "-c", code, str(tmp_path), word] for word in "ab"]
+    writers = [subprocess.Popen(words, cwd=ROOT) for words in asked]
+    while any(writer.poll() is None for writer in writers):
+        assert not (tmp_path / "page").exists() or (tmp_path / "page").read_text() in texts
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]

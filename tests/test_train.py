@@ -22,8 +22,10 @@ from torch.optim import AdamW
 
 import papo
 import train as module
+from plumbing.base.common import damaged, hold
+from plumbing.base.processes import Processes
 from plumbing.models.lora import count
-from plumbing.models.weights import shape_of
+from plumbing.models.weights import find_model, shape_of
 from plumbing.run import checkpoint
 from plumbing.run.config import Config
 from rollout import TransformersSampler
@@ -135,6 +137,134 @@ def test_stopped_twice_and_resumed_ends_bit_identical(finished, tmp_path, monkey
     assert same_weights(out / "checkpoint-4", finished[0] / "checkpoint-4")
     assert training(out) == training(finished[0])
     assert checkpoint.is_finished(out)  # though nothing was measured at its end
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def zeros(data):
+    return bytes(len(data))
+
+
+def flipped(data):
+    """One bit, in the middle of the file."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x40]) + data[middle + 1 :]
+
+
+def spoil(checkpoint, name, change):
+    data = (checkpoint / name).read_bytes()
+    assert change(data) != data
+    (checkpoint / name).write_bytes(change(data))
+
+
+FILES = ["trainer/__0_0.distcp", "trainer/.metadata", "trainer/state.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json", "config.json"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(name, finished, tmp_path, capsys):
+    alone = Processes(alone=True)
+    for change in (cut, zeros, flipped, None):
+        out = tmp_path / getattr(change, "__name__", "missing")
+        shutil.copytree(finished[0], out)
+        sound = out / "checkpoint-3"
+        if change:
+            spoil(out / "checkpoint-4", name, change)
+        else:
+            (out / "checkpoint-4" / name).unlink()
+        assert checkpoint.newest_sound(out, alone, print) == sound
+        if name != "manifest.json" or change:  # without one it is no checkpoint of a run
+            said = capsys.readouterr().out
+            assert "is damaged" in said and (name in said or "manifest.json" in said)
+            assert (out / "checkpoint-4-damaged").is_dir()
+        for other in (2, 3):
+            spoil(out / f"checkpoint-{other}", "trainer/__0_0.distcp", flipped)
+        with pytest.raises(SystemExit, match="no checkpoint in .* is sound; begin again"):
+            checkpoint.newest_sound(out, alone, print)
+
+
+def test_a_run_goes_on_from_what_is_sound_and_eval_refuses_what_is_not(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    for name in ("trainer/__0_0.distcp", "model.safetensors"):
+        spoil(out / "checkpoint-4", name, flipped)
+    with pytest.raises(SystemExit, match="model.safetensors is not what manifest.json says"):
+        find_model(out / "checkpoint-4")
+    assert find_model(out / "checkpoint-3") == out / "checkpoint-3"
+    said = train_here("--out", out, *RUN, "--eval_every", 4, "--resume")
+    assert "checkpoint-4-damaged" in said
+    assert same_weights(out / "checkpoint-4", finished[0] / "checkpoint-4")
+    assert not damaged(out / "checkpoint-4") and training(out) == training(finished[0])
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_launcher_is_killed(tmp_path):
+    """With what they had done saved, and without a word of somebody else's in the folder."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    flags = ["train.py", *SMALL, *RUN, "--val_data", "", "--steps", 500, "--out", tmp_path]
+    asked = list(map(str, [*launch, *flags]))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    with subprocess.Popen(asked, **quiet) as launcher:
+        until(lambda: (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path)) > 1)
+        launcher.kill()
+    until(lambda: not subprocess.run(["pgrep", "-f", str(tmp_path)], **quiet).returncode == 0)
+    steps = [m["step"] for m in metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 500
+    assert checkpoint.whole(tmp_path)[-1].name == f"checkpoint-{steps[-1]}"
+    hold(tmp_path)
+
+
+def until(what, seconds=120):
+    """Wait until what() holds."""
+    for _ in range(seconds * 5):
+        if what():
+            return
+        time.sleep(0.2)
+    raise TimeoutError(what)
+
+
+def test_other_rows_other_code_and_other_versions_are_said_on_resume(tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+
+    def rows(n, answer):
+        asked = [f"how many {word} objects are there ?" for word in ("red", "blue", "green")[:n]]
+        lines = [json.dumps({"problem": q, "answer": answer, "images": []}) + "\n" for q in asked]
+        data.write_text("".join(lines))
+
+    flags = ["--out", out, *RUN, "--algo", "grpo", "--data", data, "--val_data", ""]
+    rows(3, "1")
+    train_here(*flags, "--steps", 1)
+    about = json.loads((out / "config.json").read_text())
+    assert re.fullmatch(r"3 rows \w{12}", about["rows"]) and about["versions"]["sympy"]
+    about |= {"commit": "0000000", "versions": about["versions"] | {"torch": "1.0"}}
+    (out / "config.json").write_text(json.dumps(about))
+    said = train_here(*flags, "--steps", 2, "--resume")
+    assert "have changed: commit 0000000 then" in said and "torch 1.0 then" in said
+    now = json.loads((out / "config.json").read_text())
+    assert [h["commit"] for h in now["history"]] == ["0000000"] and now["commit"] != "0000000"
+    rows(2, "1")
+    with pytest.raises(SystemExit, match="holds 2 rows .*, and 3 rows .* when this run began"):
+        train_here(*flags, "--steps", 3, "--resume")
+    said = train_here(*flags, "--steps", 3, "--resume", "--other_rows")
+    assert (
+        "rows 3 rows" in said and len(json.loads((out / "config.json").read_text())["history"]) == 2
+    )
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    code = "import sys, pathlib, plumbing.base.common as c; c.hold(pathlib.Path(sys.argv[1]))"
+    code += "; print(flush=True); sys.stdin.read()"
+    asked = [sys.executable, "-c", code, tmp_path]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    with subprocess.Popen(asked, **pipes) as holder:
+        holder.stdout.readline()
+        for flags in ([], ["--resume"]):
+            with pytest.raises(SystemExit, match=f"written by process {holder.pid} on .*; wait"):
+                train_here("--out", tmp_path, *RUN, *flags)
+        holder.kill()
+    hold(tmp_path)  # whoever is gone holds nothing, however it went
+    hold(tmp_path)
 
 
 @pytest.mark.slow
@@ -329,8 +459,8 @@ def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):
         check(1600 * most, **flags)
         assert f"at most {most} at a time" in said[-1]
     for step in (5, 10):  # both are there: one more while the next is saved, or none to come
-        (tmp_path / f"checkpoint-{step}" / "trainer").mkdir(parents=True)
-        (tmp_path / f"checkpoint-{step}" / "trainer" / "state.json").touch()
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").touch()
     check(1600)
     check(0, steps=10)
     with pytest.raises(SystemExit, match="2 are there"):

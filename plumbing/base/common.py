@@ -5,7 +5,9 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -13,7 +15,9 @@ import sys
 import tempfile
 import time
 import uuid
+import zlib
 from functools import partial
+from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
@@ -63,9 +67,12 @@ def register(registry, name):
 
 def write_atomically(path, text):
     """Write beside the file, then rename: a reader sees the old file or the new one, never half."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    beside.rename(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # two programs may write it at once
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def may_write(folder):
@@ -75,6 +82,83 @@ def may_write(folder):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fail(f"{folder} cannot be written ({error.strerror or error}); give another --out")
+
+
+HELD = {}  # {folder or file: the open file whose lock says that this process is at work there}
+
+
+def hold(path):
+    """Take a folder, or a file, for the life of this process, or end with a sentence that names who
+    has it.
+
+    The lock goes when the process does, however it ends, so none is ever stale. Where the system
+    or the file system has no locks, nothing is held.
+    """
+    path = path.resolve()
+    if path in HELD or not find_spec("fcntl"):
+        return
+    import fcntl
+
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    file = open(lock, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        fail(f"{path} is being written by {holder}; wait for it, end it, or give another --out")
+    except OSError as error:
+        console.say(f"note: {path} cannot be locked ({error.strerror}); let no other run use it")
+    HELD[path] = file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+
+
+MANIFEST = "manifest.json"
+
+
+def checksum(path):
+    """[size, CRC-32] of a file, which is on the disk itself when this returns."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+        os.fsync(file.fileno())
+    return [size, crc]
+
+
+def seal(folder, sums):
+    """Write a folder's manifest, {file: checksum}, last of all and onto the disk."""
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    checksum(folder / MANIFEST)
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Have the names in a folder on the disk itself."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damaged(folder, share=slice(None), among=lambda name: True):
+    """Which files of a folder with a manifest are not what it says -> names; share, among: of which
+    of them this is asked"""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted = sorted(filter(among, sums))[share]
+    except (OSError, ValueError, TypeError):
+        return [MANIFEST]
+
+    def wrong(name):
+        path = folder / name
+        there = path.is_file() and path.stat().st_size == sums[name][0]  # or it need not be read
+        return not there or checksum(path) != sums[name]
+
+    return [name for name in wanted if wrong(name)]
 
 
 def make_once(folder, fill):

@@ -2,8 +2,12 @@
 
 import math
 import os
+import signal
 import sys
+import threading
+import time
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -30,6 +34,21 @@ def grow_segments():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+@cache
+def end_with_launcher():
+    """A torchrun that is killed outright leaves its workers at work: they then get the signal that
+    it would have sent, and stop after the step."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Processes:
     """The processes of a run: `rank` of `world`, and the `device` that this one works on. alone:
     this process works on something by itself, on the CPU, whatever run it belongs to."""
@@ -44,6 +63,8 @@ class Processes:
         if cuda:
             grow_segments()
             torch.cuda.set_device(self.device)
+        if not alone:
+            end_with_launcher()
         if self.sharded and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
 

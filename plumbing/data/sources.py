@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch.utils.data import Subset
 
 from plumbing.base.common import fail, make_once, write_atomically
-from plumbing.base.console import fetching, say, track
+from plumbing.base.console import doing, fetching, say, track
 from plumbing.data.pictures import original_bytes, tokens_from_header
 from plumbing.data.prompts import IMAGE, Example, prompt_text, second_pictures
 from plumbing.data.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
@@ -320,6 +320,18 @@ def usable(data, processors, longest, cfg, processes, second=()):
             words = f"{len(unknown)} words of {data.name}, such as {', '.join(unknown[:5])}"
             say(f"warning: the model's tokenizer does not know {words}: all are the same to it")
     return without(data, faults)
+
+
+def fingerprint(examples):
+    """What the rows of a run say: their number, and a checksum of all problems and answers in order
+    (not of pictures). None for a data set that is made, which its settings tell."""
+    rows = getattr(examples, "dataset", None)
+    if not isinstance(rows, Rows):
+        return None
+    with doing(f"reading the texts of {rows.name}"):
+        texts = rows.texts()
+    digest = hashlib.sha256(repr([texts[i] for i in examples.indices]).encode()).hexdigest()
+    return f"{len(examples)} rows {digest[:12]}"
 
 
 def without(rows, faults):

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from plumbing.base.common import fail, first_line
-from plumbing.base.console import fetching
+from plumbing.base.common import MANIFEST, damaged, fail, first_line
+from plumbing.base.console import doing, fetching
 from plumbing.base.processes import gathered
 from plumbing.models import families, lora
 from plumbing.models.families import IMAGE_TOKEN, TOYS, family_of
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def find_model(name):
     """A local folder as it is; a hub name downloaded once."""
     if Path(name).is_dir():
-        return whole_model(Path(name))
+        return sound(whole_model(Path(name)))
     from huggingface_hub import snapshot_download
 
     try:
@@ -44,6 +44,17 @@ def whole_model(folder):
         fail(f"{folder} holds no model: there is no config.json")
     if made := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
         fail(f"{folder} is a run and no model; give one of its checkpoints, such as {made[-1]}")
+    return folder
+
+
+def sound(folder):
+    """A local folder, if its files are those of its manifest, where it has one."""
+    if (folder / MANIFEST).exists():  # a checkpoint of a run of ours
+        with doing(f"checking {folder}"):
+            wrong = damaged(folder, among=lambda name: "/" not in name)
+        if wrong:
+            differs = f"{folder / wrong[0]} is not what {MANIFEST} says: it is damaged, or changed"
+            fail(f"{differs}; give another one, or delete {MANIFEST} if the change is meant")
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plumbing.base.common import stop_requests
 from plumbing.base.console import say, track
+from plumbing.data.sources import fingerprint
 from plumbing.report import record
 from plumbing.run import checkpoint
 from plumbing.run.checkpoint import Progress
@@ -16,11 +17,12 @@ def begin(cfg, build):
     """Open a run's folder, build what the run holds, and go on from the newest checkpoint if it is
     resumed -> (build(cfg), Progress). Collective. Ends with a sentence if the folder is in use."""
     out = Path(cfg.out)
-    newest = checkpoint.open_folder(out, cfg, say)
+    checkpoint.open_folder(out, cfg, say)
     parts = build(cfg)  # every process has looked at the folder when this returns
+    newest = checkpoint.newest_sound(out, parts.processes, say) if cfg.resume else None
     progress = Progress(**checkpoint.restore(newest, parts)) if newest else Progress()
     if parts.processes.first:
-        record.write_config(out, cfg)
+        record.write_config(out, cfg, fingerprint(parts.stream.examples), parts.folder)
         record.cut_metrics(out, progress.step)
     return parts, progress
 

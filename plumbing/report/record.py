@@ -1,5 +1,6 @@
 """What a run leaves to read: config.json, metrics.jsonl, report.html, and lines on the console."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,9 +17,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing.base.common import only_shows, write_atomically
+from plumbing.base.common import fail, first_line, only_shows, write_atomically
+from plumbing.base.console import say
 from plumbing.data.sources import DATA_SETS
 
+MODULES = {"pillow": "PIL"}  # of packages that are called otherwise
 SAMPLES = 4  # validations whose samples are on the page, beside the first one's
 LINE = """KL_prcp is how far the policy on the picture is from the policy on the masked one, KL_ref
 how far it is from the policy before training (nats a token); H is its entropy, gamma the weight of
@@ -45,11 +48,18 @@ def settings_table(cfg, origin):
     return [f"{k:<{wide}}{v:<{long}}{origin.get(k, 'default')}" for k, v in knobs.items()]
 
 
-def write_config(out, cfg):
-    """The configuration that is used, with versions and commit."""
+VERSIONS = "torch transformers tokenizers safetensors datasets pillow numpy sympy"
+
+
+def write_config(out, cfg, rows=None, model=None):
+    """The configuration that is used, with what else a run depends on: commit, versions, its rows
+    (plumbing.data.sources.fingerprint) and its model's revision on the hub. A run that is resumed
+    keeps what it was before as `history`, and says what differs. Ends with a sentence if its rows
+    do, unless cfg.other_rows."""
     out.mkdir(parents=True, exist_ok=True)
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     git = subprocess.run(describe, capture_output=True, text=True)
+    installed = {p: version(p) for p in VERSIONS.split() if find_spec(MODULES.get(p, p))}
     about = {
         "config": dataclasses.asdict(cfg),
         "splits": DATA_SETS[cfg.val_data].splits if cfg.val_data in DATA_SETS else {},
@@ -57,19 +67,48 @@ def write_config(out, cfg):
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "versions": {p: version(p) for p in ("torch", "transformers", "datasets", "pillow")},
+        "versions": installed,
+        "rows": rows,
+        "revision": model.name if model and model.parent.name == "snapshots" else None,
     }
+    if cfg.resume and (before := read_config(out)):
+        known = {k: before.get(k) for k in about if k not in ("config", "splits")}
+        if before.get("rows", rows) != rows and not cfg.other_rows:
+            then = f"--data {cfg.data} holds {rows}, and {before['rows']} when this run began"
+            fail(f"{then}; give the same ones, or --other_rows to go on with these")
+        if differs := changes(known, about):
+            say(f"note: since this run was last at work, these have changed: {', '.join(differs)}")
+        about["history"] = [*before.get("history", []), known]
     write_atomically(out / "config.json", json.dumps(about, indent=1))
 
 
+def read_config(out):
+    """config.json of a run; {} where it cannot be read, with a line where it is there."""
+    path = out / "config.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        say(f"warning: {path} cannot be read ({first_line(error)})")
+        return {}
+
+
+def changes(before, about):
+    """What a run depends on that is not as it was -> ["torch 2.12.0 then, 2.13.0 now", ...]"""
+    flat = [{**x, **(x.get("versions") or {})} for x in (before, about)]
+    watched = ["commit", "python", "rows", "revision", *VERSIONS.split()]
+    pairs = [(name, *(x.get(name) for x in flat)) for name in watched]
+    return [f"{name} {a} then, {b} now" for name, a, b in pairs if a != b]
+
+
 def read_metrics(out):
-    """metrics.jsonl as a list of dicts; a line cut short by a crash ends the list."""
+    """metrics.jsonl as a list of dicts; a line that is none, cut short by a crash or otherwise, is
+    left out."""
     lines, path = [], out / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -151,13 +190,16 @@ SIGNS_OF_COLLAPSE = [
 ]
 
 
-def is_anomalous(metrics, sign, recent=3, before=50, least=10):
-    """Has a signal left, by the newest of these lines? -> (bool, the mean of its last `recent`
-    steps, the median of up to `before` steps ahead of those, of which there must be `least`)"""
+RECENT, BEFORE, LEAST = 3, 50, 10  # steps
+
+
+def is_anomalous(metrics, sign):
+    """Has a signal left, by the newest of these lines? -> (bool, the mean of its last RECENT steps,
+    the median of up to BEFORE steps ahead of those, of which there must be LEAST)"""
     name, factor, floor = sign
-    values = list(islice((m[name] for m in reversed(metrics) if name in m), recent + before))
-    now, past = sum(values[:recent]) / recent, values[recent:]
-    usual = statistics.median(past) if len(past) >= least else math.inf
+    values = list(islice((m[name] for m in reversed(metrics) if name in m), RECENT + BEFORE))
+    now, past = sum(values[:RECENT]) / RECENT, values[RECENT:]
+    usual = statistics.median(past) if len(past) >= LEAST else math.inf
     return now > max(factor * usual, floor), now, usual
 
 
@@ -179,15 +221,21 @@ def collapse_warnings(metrics):
 def first_anomaly(metrics, factor=None):
     """Lines of a whole run -> {signal: the first step at which it had left, if it has}; the reward,
     when it is below half of its best so far. factor: one for all signals; default: the warnings'"""
-    signs = [(name, factor or own, floor) for name, own, floor in SIGNS_OF_COLLAPSE]
     left, best = {}, 0.0
-    for i, line in enumerate(metrics):
-        gone = [sign[0] for sign in signs if is_anomalous(metrics[: i + 1], sign)[0]]
+    for name, own, floor in SIGNS_OF_COLLAPSE:
+        lines = [line for line in metrics if name in line]
+        for end in range(1, len(lines) + 1):
+            if is_anomalous(
+                lines[max(0, end - RECENT - BEFORE) : end], (name, factor or own, floor)
+            )[0]:
+                left[name] = lines[end - 1]["step"]
+                break
+    for line in metrics:
         best = max(best, line["reward"])
-        gone += ["reward"] if line["reward"] < best / 2 else []
-        for name in gone:
-            left.setdefault(name, line["step"])
-    return left
+        if line["reward"] < best / 2:
+            left["reward"] = line["step"]
+            break
+    return dict(sorted(left.items(), key=lambda item: item[1]))
 
 
 def console_line(m, steps):

@@ -5,13 +5,16 @@
     checkpoint-N/trainer/    torch.distributed.checkpoint: master weights and optimizer state of
                              what is trained; its state.json: counters
 
-A checkpoint is written under a hidden name and renamed when it is whole. No state of a random
-generator is saved, since every draw of a run is made by one with a name: (seed, purpose, step,
-prompt).
+    checkpoint-N/manifest.json   the size and checksum of every file, written last
+
+A checkpoint is written under a hidden name and renamed when it is whole and on the disk; what is
+resumed is compared with its manifest first. No state of a random generator is saved, since every
+draw of a run is made by one with a name: (seed, purpose, step, prompt).
 """
 
 import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -21,7 +24,16 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plumbing.base.common import fail, may_write
+from plumbing.base.common import (
+    MANIFEST,
+    checksum,
+    damaged,
+    fail,
+    hold,
+    may_write,
+    seal,
+    sync_folder,
+)
 from plumbing.base.console import doing
 from plumbing.models.lora import count
 from plumbing.models.weights import save_model
@@ -48,8 +60,8 @@ def numbered(out):
 
 
 def is_whole(checkpoint):
-    """Was it written by a run, to the end? state.json is the last file that is."""
-    return (checkpoint / "trainer" / "state.json").is_file()
+    """Was it written by a run, to the end? The manifest is the last file that is."""
+    return (checkpoint / MANIFEST).is_file()
 
 
 def whole(out):
@@ -58,8 +70,11 @@ def whole(out):
 
 
 def open_folder(out, cfg, say):
-    """Check that a run may write here -> the checkpoint to continue from, or None. Ends with a
-    sentence if it may not. say: a function that prints a line"""
+    """Check that a run may write here, and hold the folder. Ends with a sentence if it may not.
+    say: a function that prints a line"""
+    if os.environ.get("RANK", "0") == "0" and (not cfg.resume or out.is_dir()):
+        may_write(out)
+        hold(out)
     used = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
     if not cfg.resume:
         if used and is_finished(out):
@@ -67,16 +82,37 @@ def open_folder(out, cfg, say):
             fail(f"{out} holds a run that has ended; look at its report.html, {onwards}")
         if used:
             fail(f"{out} holds another run; continue it with --resume, or give another --out")
-        may_write(out)
-        return None
+        return
     if not used:
         fail(f"--resume: there is no run in {out}")
     same_run(cfg, out / "config.json")
-    may_write(out)
     for other in numbered(out):
         if not is_whole(other):
             say(f"note: {other} is no whole checkpoint of a run, and is left alone")
-    return whole(out)[-1] if whole(out) else None
+
+
+def newest_sound(out, processes, say):
+    """The newest checkpoint whose files are what its manifest says, or None where there is none at
+    all. A damaged one is set aside, with a line. Ends with a sentence if all are. Collective."""
+    there = whole(out)
+    for checkpoint in reversed(there):
+        with doing(f"checking {checkpoint}"):
+            share = slice(processes.rank, None, processes.world)
+            wrong = processes.gather(damaged(checkpoint, share))
+        if not wrong:
+            return checkpoint
+        aside = checkpoint.with_name(f"{checkpoint.name}-damaged")
+        say(
+            f"warning: {checkpoint / wrong[0]} is damaged: it is not what {MANIFEST} says; the "
+            f"checkpoint is called {aside.name} from now on"
+        )
+        if processes.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        processes.barrier()
+    if there:
+        fail(f"no checkpoint in {out} is sound; begin again in another --out")
+    return None
 
 
 def is_finished(out):
@@ -143,9 +179,16 @@ def save(out, counters, parts):
         dcp.save(state, checkpoint_id=making / "trainer", no_dist=alone)
         if processes.first:
             (making / "trainer" / "state.json").write_text(json.dumps(counters))
+        processes.barrier()
+        names = sorted(str(p.relative_to(making)) for p in making.rglob("*") if p.is_file())
+        mine = names[processes.rank :: processes.world]
+        sums = processes.gather([(name, checksum(making / name)) for name in mine])
+        if processes.first:
+            seal(making, dict(sums))
             if final.exists():  # somebody else's, and not ours to delete
                 final.rename(final.with_name(f"{final.name}-set-aside"))
             making.rename(final)
+            sync_folder(out)
             remove_oldest(out, parts.cfg.keep)
     except (OSError, dcp.api.CheckpointException) as error:
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):

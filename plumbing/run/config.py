@@ -85,6 +85,8 @@ class Config:
     steps: int = knob(202, "rollout steps; 202 = 2 epochs of ViRL39K", above=0)
     resume: bool = knob(False, "continue the run in --out from its newest whole checkpoint")
 
+    other_rows: bool = knob(False, "with --resume: although the rows of --data have changed")
+
     prompts_per_step: int = knob(
         384,
         "prompts rolled out per step, over all processes",
@@ -284,8 +286,8 @@ class Config:
     # rounding does.
     free_on_resume: ClassVar = frozenset(
         "tokens_per_forward activation_checkpointing cpu_offload "
-        "gpu_memory_utilization sleep resume out steps eval_every eval_questions eval_n save_every "
-        "keep log".split()
+        "gpu_memory_utilization sleep resume other_rows out steps eval_every eval_questions eval_n "
+        "save_every keep log".split()
     )
 
     # Of what is the same in every run.
