@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -123,27 +124,85 @@ def test_a_grader_that_cannot_start_says_so(monkeypatch):
         Grader().equal("a+b", "b+a+0")
 
 
-def test_timeouts_of_a_batch_are_counted_and_the_others_graded():
-    """A worker that hangs is killed; the next answer gets a new one."""
+AS_IT_IS = grading_workers.WORKER
+
+
+def worker_that(monkeypatch, answer, does):
+    """Let a worker do this when it reads that answer."""
+    odd = (
+        "from plumbing.grading import answers; read = answers.formula; import os, signal, time; "
+        f"answers.formula = lambda x: ({does}) if x == {answer!r} else read(x); "
+    )
+    code = AS_IT_IS.replace("from plumbing", f"{odd}from plumbing", 1)
+    monkeypatch.setattr(grading_workers, "WORKER", code)
+
+
+def test_an_answer_that_takes_too_long_is_given_up_once_and_remembered(monkeypatch):
+    """And the others are graded, by a new worker."""
+    worker_that(monkeypatch, "7/9", "[None for _ in iter(int, 1)]")
     grader = Grader(seconds=0.5)
-    assert grader.grade_all([("1/2", "0.5"), ("2/4", "0.5")]) == [True, True]
-    for worker in list(grader.idle.queue):
-        os.kill(worker.pid, signal.SIGSTOP)
-    pairs = [("3/6", "0.5"), ("4/8", "0.5"), ("3/6", "0.5")]
-    assert grader.grade_all(pairs) == [False] * 3 and grader.timeouts == 2
-    grader.seconds = 20
-    assert grader.equal("5/10", "0.5") and grader.timeouts == 2
+    pairs = [("3/6", "0.5"), ("7/9", "14/18"), ("4/8", "0.5"), ("7/9", "14/18")]
+    assert grader.grade_all(pairs) == [True, False, True, False] and grader.timeouts == 1
+    assert not grader.equal("7/9", "14/18") and grader.timeouts == 1
     grader.close()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_an_answer_is_not_wrong_because_its_judge_was_ended_or_sleeps(sent, monkeypatch):
+    """Of the out-of-memory killer, a scheduler, and a machine that is suspended: twelve times half
+    a second later it is asked again."""
+    worker_that(monkeypatch, "7/9", "(time.sleep(1), read(x))[1]")
+    grader = Grader(seconds=0.5, workers=1)
+    assert grader.equal("1/2", "0.5")
+    (worker,) = grader.idle.queue
+    worker_that(monkeypatch, "nothing", "0")  # what comes after it is as usual
+    threading.Timer(0.3, os.kill, (worker.pid, sent)).start()
+    assert grader.equal("7/9", "14/18") and grader.timeouts == 0
+    grader.close()
+
+
+def test_no_verdict_that_was_not_heard_is_remembered(monkeypatch):
+    worker_that(monkeypatch, "7/9", "os.kill(os.getpid(), signal.SIGKILL)")
+    grader = Grader(workers=1)
+    assert not grader.equal("7/9", "14/18") and grader.timeouts == 1
+    worker_that(monkeypatch, "nothing", "0")
+    assert grader.equal("7/9", "14/18") and grader.timeouts == 1
+    grader.close()
+
+
+def test_a_batch_has_a_budget(monkeypatch):
+    """What is asked for beyond it is given up, and the next batch has it whole."""
+    worker_that(monkeypatch, "7/9", "[None for _ in iter(int, 1)]")
+    grader = Grader(seconds=0.5, workers=1, budget=0.4)
+    assert grader.grade_all([("7/9", "14/18"), ("1/4", "0.25"), ("5", "5")]) == [False, False, True]
+    assert grader.timeouts == 2
+    assert grader.grade_all([("7/9", "14/18"), ("1/4", "0.25")]) == [False, True]
+    assert grader.timeouts == 2
+    grader.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_a_process_with_many_files_open_grades_and_leaves_no_worker_behind():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    kept = [open(os.devnull) for _ in range(1100)]
+    try:
+        grader = Grader()
+        assert grader.grade_all([("1/2", "0.5"), ("2/4", "0.5"), ("1/3", "0.5")])[:2] == [True] * 2
+        workers = [worker for worker in grader.idle.queue if worker]
+        grader.close()
+        assert workers and all(worker.poll() is not None for worker in workers)
+    finally:
+        for file in kept:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such limit")
 def test_a_worker_that_takes_too_much_memory_ends(monkeypatch):
-    hungry = (
-        "from plumbing.grading import answers; read = answers.formula; "
-        "answers.formula = lambda x: bytearray(5 << 30) if x == '7/9' else read(x); "
-    )
-    code = grading_workers.WORKER.replace("from plumbing", f"{hungry}from plumbing", 1)
-    monkeypatch.setattr(grading_workers, "WORKER", code)
+    worker_that(monkeypatch, "7/9", "bytearray(5 << 30)")
     grader = Grader(seconds=20, workers=1)
     assert not grader.equal("7/9", "14/18") and grader.timeouts == 1
     assert grader.equal("1/2", "0.5") and grader.timeouts == 1
