@@ -10,6 +10,7 @@ import time
 import pytest
 
 from plumbing.base import console
+from plumbing.base.common import fail
 
 
 def work():
@@ -57,3 +58,15 @@ def test_the_time_left_is_that_of_what_this_run_has_done(monkeypatch, capsys):
     console.Bar("update").close()
     log = capsys.readouterr().err
     assert re.search("a 110/120 steps, 02:0[0-3] left, loss 0.5\nupdate 00:00\n$", log)
+
+
+def test_data_do_not_act_on_the_terminal(capsys):
+    """An escape sequence, a change of direction and a line of a megabyte, in a line or an error."""
+    hostile = "\x1b]0;owned\x07 \u202edrawer\tred\n" + "A" * 1_000_000
+    console.say(hostile)
+    with pytest.raises(SystemExit) as raised:
+        fail(hostile)
+    for text in (capsys.readouterr().out, str(raised.value)):
+        assert "\\x1b]0;owned\\x07 \\u202edrawer\tred\nAAA" in text and len(text) < 2200
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    assert console.shown("größer ≥ 3, 图片 😀") == "größer ≥ 3, 图片 😀"

@@ -3,8 +3,10 @@
 import base64
 import datetime
 import io
+import os
 import random
 import struct
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -95,7 +97,9 @@ def test_pictures_in_every_form_are_the_same_picture(tmp_path, processors):
     (tmp_path / "a.bmp").write_bytes(data)
     path, text = str(tmp_path / "a.bmp"), base64.b64encode(data).decode()
     dicts = [{"bytes": data, "path": None}, {"bytes": None, "path": path}]
-    for form in [data, path, text, f"data:image/bmp;base64,{text}", *dicts]:
+    other = text.rstrip("=").replace("+", "-").replace("/", "_")  # URL-safe, its end cut off
+    lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for form in [data, path, text, lines, other, f"data:image/bmp;base64,{text}", *dicts]:
         for value in (form, [form], [[form]]):
             (picture,) = pictures_of(value)
             assert original_bytes(picture) == data and rgb(picture).getpixel((0, 0)) == (255, 0, 0)
@@ -104,6 +108,28 @@ def test_pictures_in_every_form_are_the_same_picture(tmp_path, processors):
     assert pictures_of([[data], [data, data]]) == [data] * 3
     with pytest.raises(ValueError, match="pictures are given as numbers"):
         pictures_of([[[0, 255]]])
+
+
+def test_what_only_pretends_to_be_a_picture_costs_nothing(tmp_path, monkeypatch):
+    """A pipe that nobody writes to, PostScript for an interpreter, white space for a regular
+    expression, and more pixels than Pillow takes without a warning."""
+    os.mkfifo(tmp_path / "pipe")
+    began = time.process_time()
+    spaces = " " * 400_000 + "!"
+    for text in (str(tmp_path / "pipe"), str(tmp_path), "/dev/zero", spaces, "a" * 400_000 + "!"):
+        with pytest.raises(ValueError, match="no file|neither a path nor base64") as raised:
+            rgb(text)
+        assert len(str(raised.value)) < 500
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\necho 10.0\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n")
+    assert not (tmp_path / "called").exists()
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="10000 x 9000 pixels is too large"):
+        rgb(str(tmp_path / "large.png"))
+    assert time.process_time() - began < 5
 
 
 def faults(path, processors, columns=COLUMNS):

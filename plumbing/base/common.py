@@ -28,7 +28,7 @@ from plumbing.base import console
 def fail(message, every_rank=False) -> NoReturn:
     """End the program with one clear sentence and a non-zero exit status. The processes of a run
     fail together, and only the first one speaks; every_rank: this one fails alone, and says so."""
-    rank = os.environ.get("RANK", "0")
+    rank, message = os.environ.get("RANK", "0"), console.shown(str(message))
     if rank == "0":
         sys.exit(f"error: {message}")
     sys.exit(f"error in process {rank}: {message}" if every_rank else 1)

@@ -67,4 +67,15 @@ def say(text, every_rank=False, file=None):
     """Print a line at once, above the bars. every_rank: as of `fail`, each process for itself"""
     if every_rank or FIRST:
         with tqdm.external_write_mode(file or sys.stdout) if sys.stderr.isatty() else nullcontext():
-            print(text, file=file, flush=True)
+            print(shown(text), file=file, flush=True)
+
+
+LONGEST = 2000  # characters of a line
+
+
+def shown(text):
+    """A text that may quote data, for a terminal: what would act on it there, an escape sequence or
+    a change of direction, is written out, and lines of any length are cut."""
+    lines = (line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in text.split("\n"))
+    safe = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in "\n".join(lines))
+    return "".join(safe)
