@@ -26,6 +26,7 @@ import plumbing  # noqa: F401  before torch: how its threads wait
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import papo
 import toy.task  # noqa: F401  registers the data set "toy"
@@ -158,7 +159,7 @@ def micro_batches(groups: list[Group], prompts: dict, parts: Parts, step: int) -
             seeds = [(cfg.seed, "mask", step, g.position) for g in chosen]
             rows = replace(rows, masked_pixels=parts.masker.of_all(read, seeds))
         sampled = padded([g.rollout.logprobs for g in chosen], rows.scored.shape).to(device)
-        advantages = torch.stack([g.advantages for g in chosen]).to(device)
+        advantages = pad_sequence([g.advantages for g in chosen], batch_first=True).to(device)
         pictured = torch.tensor([p.grid is not None for p in read], device=device)
         batches.append(MicroBatch(rows, advantages, pictured, sampled))
     return batches

@@ -115,6 +115,8 @@ def components(runs, part, pair):
         pairs = [[(start, part.arms[x], n) for x in (pair.b, pair.a)] for n in (1, *part.seeds)]
         if all(j in runs.done for js in pairs for j in js):
             rows.append([runs.value(*b, pair.split) - runs.value(*a, pair.split) for b, a in pairs])
+    if len(rows) < 2:
+        return math.nan, math.nan
     within = statistics.mean(map(statistics.variance, rows))
     between = statistics.variance(map(statistics.mean, rows)) - within / len(rows[0])
     return max(0.0, between) ** 0.5, within**0.5
@@ -180,12 +182,16 @@ def mean(values, form=".1f"):
     return f"{statistics.mean(values):{form}}"
 
 
+def done_of(part, command, runs):
+    """The runs of an arm that are there."""
+    return [j for j in part.jobs() if j[1] == command and j in runs.done]
+
+
 def arms_table(part, runs):
     """What each arm of a part arrived at, over the runs that are done."""
     rows = []
     for label, command in part.arms.items():
-        done = [j for j in part.jobs() if j[1] == command and j in runs.done]
-        if done:
+        if done := done_of(part, command, runs):
             columns = [[runs.value(*j, s) for j in done] for s in SPLITS]
             columns += [[runs.value(*j, what=1) for j in done]]
             columns += [[runs.done[j]["seconds"] for j in done]]
@@ -295,7 +301,7 @@ def curves(part, runs, labels, signals):
     picture = Figure((2.7 * len(signals), 2.8), layout="constrained")
     for axis, name in zip(picture.subplots(1, len(signals)), signals):
         for c, label in enumerate(labels):
-            for job in (j for j in part.jobs() if j[1] == part.arms[label] and j in runs.done):
+            for job in done_of(part, part.arms[label], runs):
                 line = runs.done[job]["series"].get(name, [])
                 points = [(i + 1, x) for i, x in enumerate(line) if x is not None]
                 axis.plot(*zip(*points or [(1, math.nan)]), f"C{c}", alpha=0.6, label=label)
@@ -307,6 +313,55 @@ def curves(part, runs, labels, signals):
     return picture
 
 
+def headline_tables(part, runs):
+    """The headline by recipe and by family."""
+    return ["", *recipe_table(part, runs), "", *family_table(part, runs)]
+
+
+def spread_line(part, runs):
+    """How much of the difference is the start's, and how much the seed's."""
+    between, within = components(runs, part, Pair("papo_g", "grpo"))
+    said = (
+        "Standard deviation of papo_g - grpo on vision: between warm starts of these two recipes "
+    )
+    return ["", f"{said}{between:.1f}, between seeds of one {within:.1f} points."]
+
+
+def blind_lines(part, runs):
+    """Whether PAPO's gain is gone, by that part's rule."""
+    said = []
+    for pair in part.pairs:
+        points = list(differences(runs, part, pair).values())
+        if len(points) > 1:
+            mean, half = interval(points)
+            gone = "gone" if mean + half < 5 else "not shown to be gone"
+            said.append(f"{pair.b} above {pair.a} by at most {mean + half:.1f}: {gone}.")
+    return ["", *said]
+
+
+def worst_lines(part, runs):
+    """Of each arm, the run that ends furthest below PAPO_G's own on its start."""
+    rows = []
+    for label, command in part.arms.items():
+        base = "train.py --algo papo_g"
+        falls = {
+            j: runs.value(*j) - runs.value(j[0], base, 1) for j in done_of(part, command, runs)
+        }
+        if falls:
+            rows.append([label, f"{min(falls.values()):+.1f}", f"{max(falls.values()):+.1f}"])
+    heads = ["arm", "worst run against PAPO_G's own", "best run"]
+    return ["", *markdown(heads, rows)] if rows else []
+
+
+ADDED = {
+    "The headline": headline_tables,
+    "The headline, more seeds": spread_line,
+    "Trained blind": blind_lines,
+    "Collapse": worst_lines,
+    "Is it held at any gamma?": worst_lines,
+}
+
+
 def page(runs, folder, draw=True):
     """Judge, print, draw, and write the results, of what there is."""
     all_parts, sections, pictures = parts(runs), [], {}
@@ -315,17 +370,12 @@ def page(runs, folder, draw=True):
         table = arms_table(part, runs)
         if len(table) > 2:
             sections += ["", f"## {part.title}", "", f"{part.says}.", "", *table]
+            sections += ADDED.get(part.title, lambda *_: [])(part, runs)
         if part.title == "The headline" and len(table) > 2:
-            sections += ["", *recipe_table(part, runs), "", *family_table(part, runs)]
             pictures["headline"] = headline_figure, (part, runs)
         if part.title == "Collapse" and len(table) > 2:
             shown = ["gamma 2", "gamma 2, beta 0.5", "gamma 2, beta 2 gamma"]
             pictures["collapse"] = curves, (part, runs, shown, SIGNALS[2:] + SIGNALS[:1])
-        if part.title.startswith("The headline, more") and len(table) > 2:
-            pair = Pair("papo_g", "grpo")
-            between, within = components(runs, part, pair)
-            said = "Standard deviation of papo_g - grpo on vision: between warm starts of these "
-            sections += ["", f"{said}two recipes {between:.1f}, between seeds {within:.1f} points."]
     if found := phases(runs):
         sections += ["", "## The phase picture", "", *phase_table(found)]
         pictures["phases"] = phase_figure, (found,)

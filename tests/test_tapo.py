@@ -118,6 +118,18 @@ def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
     assert (counts["generated"], counts["too_easy"], counts["too_hard"]) == (8, 2, 2)
 
 
+def test_parts_of_unequal_size_share_a_pass(tmp_path, folder):
+    """Three responses to the prompt's own picture and one to its positive, in one pass or in four:
+    the same update."""
+    found = []
+    for tokens in (1, 4096):
+        flags = dict(second_rollouts=1, tokens_per_forward=tokens)
+        parts = run_of(tmp_path / str(tokens), folder, triplets(), **flags)
+        found.append(module.train_step(parts, Progress()))
+    for name in ("loss", "policy_loss", "perception_kl", "entropy", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-6), name
+
+
 @pytest.mark.parametrize("update_on, n1, n2", [("own", 2, 2), ("own", 3, 1), ("anchor", 3, 1)])
 def test_on_which_picture_a_response_is_trained(update_on, n1, n2, parts, monkeypatch):
     """Each response's log-probs are the sampler's where it is trained on the picture that it was

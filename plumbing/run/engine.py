@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is told of a run to anybody
 }
 
 
@@ -182,7 +183,8 @@ class VLLMSampler(Sampler):
 
         self.llm.apply_model(tie_again)
         self._wake("kv_cache")
-        self.engine.reset_prefix_cache()
+        if not self.engine.reset_prefix_cache():
+            fail("the vLLM engine keeps what older weights computed: requests are under way", True)
         self.engine.reset_mm_cache()
         self.engine.reset_encoder_cache()
 
