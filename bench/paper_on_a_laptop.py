@@ -31,8 +31,10 @@ from toy.task import QUESTIONS, make  # found by runs.py
 
 NAME = "paper_on_a_laptop"
 ENOUGH = 9  # warm starts that a pair needs to be in the family that is corrected, and confirmed
-# Student's t at 97.5 %, by the number of warm starts.
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 9: 2.306, 18: 2.110, 27: 2.056}
+# Student's t at 97.5 %, from 1 degree of freedom on; {number of warm starts: t}
+T975 = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131
+2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056"""
+T975 = dict(enumerate(map(float, T975.split()), 2))
 
 
 def interval(values):
@@ -256,8 +258,11 @@ def phase_table(found):
 def phase_figure(found):
     """PAPO_G's and the blind weights' gain over GRPO on vision, a panel for each h."""
     hs = sorted({h for *_, h in found})
-    picture = Figure((2.6 * len(hs) + 1.2, 5), layout="constrained")
-    axes = picture.subplots(2, len(hs), squeeze=False)
+    wide = len(hs) == 1  # then the two stand side by side
+    size = (7.2, 3) if wide else (2.6 * len(hs) + 1.2, 5)
+    picture = Figure(size, layout="constrained")
+    axes = picture.subplots(1 if wide else 2, 2 if wide else len(hs), squeeze=False)
+    axes = axes.reshape(2, len(hs))
     coupled, trusts = (sorted({r[i] for r in RECIPES}) for i in (0, 1))
     for (row, name), (column, h) in product(enumerate(("PAPO_G", "blind weights")), enumerate(hs)):
         axis, gains = axes[row, column], np.full((3, 3), np.nan)
@@ -271,7 +276,7 @@ def phase_figure(found):
         axis.set_xticks(range(3), [f"{100 * t:.0f} %" for t in trusts])
         axis.set_yticks(range(3), [f"{100 * c:.0f} %" for c in coupled])
         axis.set_title(f"{name}, hints right {100 * h:.0f} %", fontsize=9)
-        axis.set(xlabel="trusts hints" * row, ylabel="coupled" * (not column))
+        axis.set(xlabel="trusts hints", ylabel="coupled" * (not column))
     picture.colorbar(image, ax=axes, label="points of vision above GRPO")
     return picture
 
@@ -369,7 +374,8 @@ def page(runs, folder, draw=True):
     for part in all_parts:
         table = arms_table(part, runs)
         if len(table) > 2:
-            sections += ["", f"## {part.title}", "", f"{part.says}.", "", *table]
+            says = " ".join(part.says.split()).rstrip(".")
+            sections += ["", f"## {part.title}", "", f"{says}.", "", *table]
             sections += ADDED.get(part.title, lambda *_: [])(part, runs)
         if part.title == "The headline" and len(table) > 2:
             pictures["headline"] = headline_figure, (part, runs)

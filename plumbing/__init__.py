@@ -6,5 +6,17 @@ libomp and libiomp read the setting as they are loaded, with torch.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Some containers and schedulers set a part of what torchrun sets, or set it to nothing.
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in LAUNCH:
+    if not os.environ.get(name, "0"):
+        del os.environ[name]
+if missing := [name for name in LAUNCH if name not in os.environ]:
+    if os.environ.get("RANK", "0") != "0" or os.environ.get("WORLD_SIZE", "1") != "1":
+        told = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH if name in os.environ)
+        lacks = f"error: {told} without {', '.join(missing)}"
+        sys.exit(f"{lacks}: start several processes with torchrun, or one with none of these set")

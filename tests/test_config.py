@@ -3,9 +3,10 @@ where they cannot work."""
 
 import dataclasses
 import math
+import os
 
 import pytest
-from conftest import train_here
+from conftest import command, train_here
 
 from papo import ALGORITHMS
 from plumbing.base.optimizer import whole_gradients
@@ -110,7 +111,10 @@ def test_print_config_says_where_each_value_comes_from_and_does_nothing_else(tmp
 BAD = [
     (dict(dual_clip=0.5), "greater than 1"),
     (dict(gamma=-0.1), "not be negative"),
-    (dict(beta=math.nan), "not be negative"),
+    (dict(beta=math.nan), "a finite number is needed"),
+    (dict(lr=math.inf), "a finite number is needed"),
+    (dict(weight_decay=-0.1), "not be negative"),
+    (dict(min_pixels=-5), "greater than 0"),
     (dict(mask_ratio=1.5), "between 0 and 1"),
     (dict(perception="exact", masked_branch="kept"), "cannot be kept"),
     (dict(keep=-1), "not be negative"),
@@ -224,3 +228,21 @@ def test_help_has_headings_defaults_and_every_flag():
     text = " ".join(text.split())
     assert "rollout steps; 202 = 2 epochs of ViRL39K [202]" in text and "[]" not in text
     assert all(name in text for name in ALGORITHMS if "/" not in name)
+
+
+@pytest.mark.parametrize(
+    "given, missing",
+    [
+        (dict(WORLD_SIZE="2"), "RANK, MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR, MASTER_PORT"),
+        (dict(RANK="1"), "WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (dict(WORLD_SIZE="", RANK=""), ""),
+        (dict(WORLD_SIZE="1", RANK="0"), ""),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_a_sentence(given, missing):
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = command("-c", "import plumbing", env=clean | given)
+    assert (f"without {missing}: start several" in done.stderr) == bool(missing)
+    assert done.returncode == bool(missing)

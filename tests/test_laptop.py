@@ -46,8 +46,7 @@ def test_sign_flips_are_counted_and_holm_corrects_a_family():
         ([1, -1, 0, 1, -1], 0.01, 0, "not seen"),
     ],
 )
-def test_a_verdict_needs_size_certainty_and_starts(points, p, at_least, expected, monkeypatch):
-    monkeypatch.setitem(laptop.T975, 10, 2.262)
+def test_a_verdict_needs_size_certainty_and_starts(points, p, at_least, expected):
     assert laptop.verdict(points, p, at_least) == expected
 
 

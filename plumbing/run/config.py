@@ -15,6 +15,7 @@ The object that comes out is the one that is used, logged, and compared on a res
 import argparse
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -202,7 +203,7 @@ class Config:
         above=0,
         part="The optimizer",
     )
-    weight_decay: float = knob(0.01, "AdamW weight decay")
+    weight_decay: float = knob(0.01, "AdamW weight decay", low=0)
     max_grad_norm: float = knob(1.0, "gradient clipping", above=0)
 
     temperature: float = knob(
@@ -220,8 +221,8 @@ class Config:
     )
     max_prompt_tokens: int = knob(4096, "longer prompts are left out", above=0)
     max_response_tokens: int = knob(2048, "responses are cut off here", above=0)
-    min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged")
-    max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk")
+    min_pixels: int = knob(256 * 28 * 28, "smaller pictures are enlarged", above=0)
+    max_pixels: int = knob(1280 * 28 * 28, "larger pictures are shrunk", above=0)
     dtype: str = knob(
         "bfloat16",
         "of the forward pass; master weights are float32; one process on a CPU trains in float32 "
@@ -550,6 +551,8 @@ def check_masks_something(cfg):
 def check_bounds(name, value, bounds):
     """End with a sentence if a value is not within its knob's bounds. NaN never is."""
     above, low, high = (bounds.get(k) for k in ("above", "low", "high"))
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f"--{name} {value}: a finite number is needed")
     if above is not None and not value > above:
         fail(f"--{name} {value}: must be greater than {above}")
     if low is not None and high is not None and not low <= value <= high:
