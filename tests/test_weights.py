@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plumbing.models.weights import load_processors, load_vlm
+from plumbing.models.weights import load_processors, load_vlm, save_hf
 from plumbing.run.setup import model_folder
+from policy import Policy
 
 
 @pytest.fixture
@@ -88,3 +89,26 @@ def test_a_chat_template_that_loses_the_picture(template, words, copy, cfg, proc
     file.unlink(missing_ok=True)  # and one in the older file is read
     (copy / "chat_template.json").write_text(older)
     assert load_processors(copy, cfg)[0].chat_template == processors[0].chat_template
+
+
+def test_a_tokenizer_whose_end_is_not_the_templates_is_said(copy, cfg, capsys):
+    load_processors(copy, cfg)
+    assert "warning" not in capsys.readouterr().out
+    file = copy / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    load_processors(copy, cfg)
+    said = capsys.readouterr().out
+    assert "ends a turn with '<|im_end|>'" in said and "'<|endoftext|>': responses may" in said
+
+
+def test_a_generation_config_that_transformers_refuses_to_write_is_kept(copy, tmp_path):
+    """A checkpoint is not lost to it, and holds the file as it was."""
+    odd = {"do_sample": False, "temperature": 0.1, "eos_token_id": 2}
+    (copy / "generation_config.json").write_text(json.dumps(odd))
+    policy = Policy(load_vlm(copy), torch.zeros(1, dtype=torch.bool))
+    own = policy.vlm.generation_config
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        policy.vlm.save_pretrained(tmp_path / "refused")
+    save_hf(policy, tmp_path / "saved", copy, first=True)
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == odd
+    assert policy.vlm.generation_config is own and load_vlm(tmp_path / "saved")

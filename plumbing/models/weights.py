@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
 from plumbing.base.common import MANIFEST, damaged, fail, first_line
-from plumbing.base.console import doing, fetching
+from plumbing.base.console import doing, fetching, say
 from plumbing.base.processes import gathered
 from plumbing.models import families, lora
 from plumbing.models.families import IMAGE_TOKEN, TOYS, family_of
@@ -74,7 +75,10 @@ def load_processors(folder, cfg):
 
 
 def check_chat_template(tok, folder):
-    """Raises ValueError if a chat cannot be written down, or loses its picture on the way."""
+    """Raises ValueError if a chat cannot be written down, or loses its picture on the way; warns
+    where its turns end otherwise than the model's."""
+    from jinja2 import TemplateError
+
     older = folder / "chat_template.json"  # as processors were saved by transformers 4.4x
     if not tok.chat_template and older.exists():
         tok.chat_template = json.loads(older.read_text())["chat_template"]
@@ -82,6 +86,13 @@ def check_chat_template(tok, folder):
     text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if text.count(IMAGE_TOKEN) != 1 or "what ?" not in text:
         raise ValueError(f"its chat template makes no {IMAGE_TOKEN} of a picture")
+    with suppress(TemplateError):  # one that takes no second turn says nothing of its end
+        turn = {"role": "assistant", "content": [{"type": "text", "text": "so"}]}
+        end = tok.apply_chat_template([*chat, turn], tokenize=False).rpartition("so")[2].strip()
+        if end and tok.eos_token not in end:
+            other = f"its chat template ends a turn with {end!r}, its tokenizer's eos_token is "
+            other += f"{tok.eos_token!r}: responses may never end, and be cut off"
+            say(f"warning: {folder}: {other}")
 
 
 def load_vlm(folder, dtype=torch.float32):
@@ -213,9 +224,15 @@ def save_model(policy, folder, source, cfg, first):
 def save_hf(policy, folder, source, first):
     """Write a Hugging Face folder, with the tokenizer's and processors' files of the source folder.
     Collective; the first process keeps what is streamed, and writes."""
+    from transformers import GenerationConfig
+
     weights = {name: p.cpu() for name, p in full_parameters(policy) if first}
     if first:
-        policy.vlm.save_pretrained(folder, state_dict=weights)
+        vlm, own = policy.vlm, policy.vlm.generation_config
+        if (Path(source) / "generation_config.json").exists():  # it is copied, be it valid or not:
+            vlm.generation_config = GenerationConfig()  # transformers writes none that is not
+        vlm.save_pretrained(folder, state_dict=weights)
+        vlm.generation_config = own
         copy_files(source, folder, but=["config.json"])
 
 
