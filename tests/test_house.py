@@ -46,15 +46,15 @@ def test_the_house_is_small():
     sizes = {
         "the top": (sum(lines(p.name) for p in TOP), 1665),
         "the longest file of the top": (max(lines(p.name) for p in TOP), 260),
-        "plumbing": (lines("plumbing/**/*.py"), 5340),
+        "plumbing": (lines("plumbing/**/*.py"), 5700),
         "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 1580),
         "toy": (lines("toy/*.py"), 650),
-        "bench": (lines("bench/*.py"), 1865),
-        "tests": (lines("tests/*.py"), 7700),
-        "lines of ours that train loads": (sum(loaded), 5700),
+        "bench": (lines("bench/*.py"), 1950),
+        "tests": (lines("tests/*.py"), 8030),
+        "lines of ours that train loads": (sum(loaded), 6060),
         "modules of ours that train loads": (len(loaded), 41),
-        "lines of train.py --help": (len(parser().format_help().splitlines()), 130),
-        "flags of train.py": (len(flags), 60),
+        "lines of train.py --help": (len(parser().format_help().splitlines()), 131),
+        "flags of train.py": (len(flags), 61),
     }
     for name, (size, most) in sizes.items():
         print(f"{name:<34}{size:>7}  of {most}")
