@@ -15,10 +15,10 @@
 # | 45-60 | 5. The loss by hand |
 # | 60-70 | 6. The objective |
 # | 70-85 | 7. Training |
-# | 85-90 | 8. What the paper says, and what we found |
+# | 85-90 | 8. When does looking pay? |
 #
 # Every cell calls the code of this project, the code that trains large models too. Each section
-# ends with an exercise. Write your answer into the empty cell below it before you open ours.
+# ends with exercises. Write your answers into the empty cells below before you open ours.
 #
 # You need no GPU, and after `pip install -r requirements-cpu.txt` no network. On a laptop with two
 # cores all cells together take about six minutes, and none takes more than three.
