@@ -4,6 +4,7 @@ where they cannot work."""
 import dataclasses
 import math
 import os
+from importlib.util import find_spec
 
 import pytest
 from conftest import command, train_here
@@ -246,3 +247,10 @@ def test_half_of_what_torchrun_sets_is_a_sentence(given, missing):
     done = command("-c", "import plumbing", env=clean | given)
     assert (f"without {missing}: start several" in done.stderr) == bool(missing)
     assert done.returncode == bool(missing)
+
+
+def test_a_sampler_that_is_not_installed_is_a_sentence_before_anything_is_loaded(tmp_path):
+    if find_spec("vllm"):
+        pytest.skip("it is installed here")
+    with pytest.raises(SystemExit, match="--sampler vllm: vLLM is not installed"):
+        train_here("--sampler", "vllm", "--out", tmp_path)

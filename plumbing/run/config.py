@@ -18,7 +18,6 @@ import json
 import math
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -534,8 +533,6 @@ def check_training(cfg, world_size, cuda):
             f"{world_size} processes cannot be shared out to engines of --tensor_parallel "
             f"{cfg.tensor_parallel} each"
         )
-    if cfg.sampler == "vllm" and find_spec("vllm") is None:
-        fail("--sampler vllm: vLLM is not installed; requirements.txt brings it, or give hf")
     if 0 < cfg.dual_clip <= 1:
         fail(f"--dual_clip {cfg.dual_clip}: must be greater than 1, or 0 for none")
     if cfg.perception == "exact" and cfg.masked_branch == "kept":

@@ -10,6 +10,7 @@ no reference, and the frozen model takes 2 bytes a parameter over W.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from masking import Masker
@@ -77,6 +78,8 @@ class Parts:
 
 def setup(cfg):
     """Config -> Parts. Collective: every process of the run calls it."""
+    if cfg.sampler == "vllm" and find_spec("vllm") is None:
+        fail("--sampler vllm: vLLM is not installed; requirements.txt brings it, or give hf")
     processes = Processes()
     log = open_log(cfg, processes.first)
     examples, held_out = open_data(cfg)
