@@ -21,7 +21,7 @@
 # ends with exercises. Write your answers into the empty cells below before you open ours.
 #
 # You need no GPU, and after `pip install -r requirements-cpu.txt` no network. On a laptop with two
-# cores all cells together take about six minutes, and none takes more than three.
+# cores all cells together take about four minutes, and none takes more than three.
 #
 # `walkthrough.py` and `walkthrough.ipynb` are the same cells: `python walkthrough.py` runs them in
 # turn, and writes the pictures to out/walkthrough/. The notebook is made of the script, with its
