@@ -346,12 +346,10 @@ def blind_lines(part, runs):
 
 def worst_lines(part, runs):
     """Of each arm, the run that ends furthest below PAPO_G's own on its start."""
-    rows = []
+    rows, base = [], "train.py --algo papo_g"
     for label, command in part.arms.items():
-        base = "train.py --algo papo_g"
-        falls = {
-            j: runs.value(*j) - runs.value(j[0], base, 1) for j in done_of(part, command, runs)
-        }
+        done = [j for j in done_of(part, command, runs) if (j[0], base, 1) in runs.done]
+        falls = {j: runs.value(*j) - runs.value(j[0], base, 1) for j in done}
         if falls:
             rows.append([label, f"{min(falls.values()):+.1f}", f"{max(falls.values()):+.1f}"])
     heads = ["arm", "worst run against PAPO_G's own", "best run"]
