@@ -31,9 +31,10 @@ def lines(*patterns):
 
 def loaded_by_train():
     """The project's own modules after `import train`, in a process of its own -> [lines of each]"""
-    code = (
+    code = (  # an environment may lie in the project's folder, or beside it
         "import sys, train\nfor m in list(sys.modules.values()):\n"
-        f"    f = getattr(m, '__file__', None) or ''\n    f.startswith({str(ROOT)!r}) and print(f)"
+        "    f = getattr(m, '__file__', None) or ''\n"
+        f"    f.startswith({f'{ROOT}/'!r}) and 'site-packages' not in f and print(f)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return [len(open(name).read().splitlines()) for name in done.stdout.split()]
