@@ -154,7 +154,8 @@ def eval_parser() -> Parser:
 def examples_of(args: Namespace, cfg: Config, processors: tuple, out: Path, done: dict) -> dict:
     """{set: the examples that are still to be answered}; done: {set: records of those that are}"""
     sets, asked = {}, FORMS[cfg.reward].instruction
-    names = list(BENCHMARKS) if args.data == "all" else args.data.split(",")
+    names = [args.data] if Path(args.data).exists() else args.data.split(",")
+    names = list(BENCHMARKS) if args.data == "all" else names
     for name, split in [(data, split) for data in names for split in splits_of(data)]:
         if name in BENCHMARKS:
             data = benchmark(name, asked, args.data_root)
@@ -201,7 +202,7 @@ def evaluate(args: Namespace) -> None:
             with doing(f"loading {folder}", aloud=True):
                 vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu")
         sampler = build_sampler(cfg, folder, vlm, processors, banned)
-    with open(out, "a") as file:
+    with open(out, "a", encoding="utf-8") as file:
         for key, examples in sets.items():
             plan = Asking(args.n, (args.seed, "eval", key), args.blind)
             grade = partial(score, grader=grader, kind=cfg.reward)

@@ -118,7 +118,7 @@ def same_name(answer: str | None, truth: str) -> bool:
     """Are these the same words? Upper case, white space, _ for a space and a full stop at the end
     make no difference. A name is not calculated with: 747-100 is not 647. answer: a text or None"""
     said, name = (" ".join((x or "").replace("_", " ").split()).casefold() for x in (answer, truth))
-    return said.rstrip(". ") == name.rstrip(". ")
+    return answer is not None and said.rstrip(". ") == name.rstrip(". ")
 
 
 # ---------------------------------------------------------------------------- forms and rules

@@ -253,7 +253,7 @@ class SelfTest:
         out, log = self.out / "killed", self.out / "killed.log"
         words = self.words(out=out, keep=1, eval_questions=2, eval_n=1, max_response_tokens=64)
         command = [sys.executable, str(ROOT / "train.py"), *words]
-        with open(log, "w") as file:
+        with open(log, "w", encoding="utf-8") as file:
             told = dict(stdout=file, stderr=subprocess.STDOUT)
             with subprocess.Popen(command, **told) as run:
                 for _ in range(5 * PATIENCE):

@@ -111,7 +111,7 @@ def main(path):
         a, b = (f"`{x}`".replace("|", "\\|") for x in (given, truth))
         answers = " | ".join("yes" if yes else "no" for yes in (wanted, *verdicts))
         lines.append(f"| {a} | {b} | {answers} | {why} |")
-    Path(path).write_text("\n".join(lines) + "\n")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines[4 : 6 + len(said)], sep="\n")
     seconds, accuracy, timeouts = timed()
     print(f"2,000 responses: {seconds:.1f} s, accuracy {accuracy:.3f}, {timeouts} time-outs")

@@ -56,7 +56,7 @@ def call(line, made, *words, **flags):
     words += tuple(word for name, value in flags.items() for word in (f"--{name}", value))
     words += ("--resume",) if (made / "config.json").exists() else ()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(made.with_suffix(".log"), "a") as log:
+    with open(made.with_suffix(".log"), "a", encoding="utf-8") as log:
         told = dict(cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         if subprocess.run([sys.executable, *line.split(), *map(str, words)], **told).returncode:
             sys.exit(f"error: {line.split()[0]} failed; see {log.name}")

@@ -6,13 +6,12 @@ writes checkpoint-202-merged beside it, or the folder that is named second: the 
 W + (alpha / r) B A for W, in float32, for eval.py, train.py, transformers and vLLM.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from plumbing.base.common import Parser, fail, first_line, make_once
+from plumbing.base.common import Parser, fail, first_line, make_once, read_json
 from plumbing.models.lora import CONFIG, PREFIX, WEIGHTS, add_adapters, of_adapter
 from plumbing.models.weights import find_model, load_vlm, save_hf
 from policy import Policy
@@ -24,7 +23,7 @@ def load_adapter(folder):
     from safetensors.torch import load_file
 
     try:
-        about = json.loads((folder / CONFIG).read_text())
+        about = read_json(folder / CONFIG)
         name, rank, alpha = (about[k] for k in ("base_model_name_or_path", "r", "lora_alpha"))
     except (OSError, ValueError, KeyError) as error:
         fail(f"{folder / CONFIG} does not say what to merge ({first_line(error)})")

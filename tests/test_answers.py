@@ -185,7 +185,8 @@ x1.n(9)  x.n()  x.__class__  ().__class__.__base__.__subclasses__()  pi.evalf(50
 (lambda x: x)(1)  [x for x in (1,)]  {x:1}  f'{x}'  getattr(x,'n')  Symbol('x')  exit()  2exit()
 \sin exit()  \mathrm{exit}(1)  test()  preview(x)  factorial(10^9)  a if b else c  x;y  x@y  x//y
 x'  ｏｐｅｎ('q','w')  5!!  9^{9^{9^9}}  9**9**9**9  10^{-34!}  2^{100001}  (10^9)!  \binom{10^9}{5}
-((9^{9999})^{9999})^{9999}  \pi^{\pi^{\pi^{\pi^{\pi}}}}  3+  (3  3)  |3  \frac{1}  \sqrt[3  x_
+((9^{9999})^{9999})^{9999}  \pi^{\pi^{\pi^{\pi^{\pi}}}}  x^{x^{x^x}}
+\sin(e^{e^x})  3+  (3  3)  |3  \frac{1}  \sqrt[3  x_
 """
 NESTED = [
     *("(" * 140 + "1" + ")" * 140, "-" * 200 + "1", "2^" * 140 + "2", r"\ln" * 90 + "x"),

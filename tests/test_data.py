@@ -282,6 +282,16 @@ def test_columns_and_ids_have_names(tmp_path):
         assert [data[k].id for k in range(3)] == [f"ids-{name}" for name in names]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_texts_that_are_dates_stay_as_they_are_written(name, tmp_path):
+    """Arrow reads a column of JSON in which every text is a date as points in time."""
+    said = ["2020-01-01", "2021-02-03 10:30"]
+    rows = [{"problem": a, "answer": {"ground_truth": a}, "images": [], "id": [a]} for a in said]
+    lines = json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(lines, encoding="utf-8-sig")
+    assert Rows(tmp_path / name, "train").texts() == list(zip(said, said))
+
+
 def test_a_benchmark_is_read_where_the_released_downloader_puts_it(tmp_path):
     (tmp_path / "images" / "c").mkdir(parents=True)
     Image.new("RGB", (30, 30), "red").save(tmp_path / "images" / "c" / "1.png")

@@ -214,6 +214,12 @@ def test_the_released_evaluations_files_are_rescored(tmp_path):
 
 def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
     good = {"id": "q", "predict": "3", "label": "3"}
+    odd = [{"predict": {"text": "3"}}, {"label": ["3", "4"]}, {"accuracy": "?"}]
+    odd += [{"label": ["3"], "predict": ["\\boxed{3}"]}]
+    file = written(tmp_path / "odd.jsonl", [good | x for x in odd])
+    rescore(file, tmp_path / "new" / "out.jsonl")  # a list of one is its item, as in training data
+    assert [r["accuracy"] for r in read(tmp_path / "new" / "out.jsonl")["odd"]] == [1]
+    assert "3 of 4 lines" in capsys.readouterr().out
     file = written(tmp_path / "some.jsonl", [good, {"id": "q"}, [1], good])
     file.write_text(file.read_text() + '\n{"id": "q", "pre')
     assert len(read(file)["some"]) == 2

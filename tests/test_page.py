@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -10,7 +11,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command
 
 from plumbing.report import page, record
 from plumbing.report.__main__ import main
@@ -200,6 +201,18 @@ def test_signs_of_a_collapse_are_found_in_long_runs_too():
     began = time.process_time()
     assert record.first_anomaly([line(step, False) for step in range(10_000)]) == {}
     assert time.process_time() - began < 10
+
+
+def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path):
+    """Paths, texts of data and the arrows of a table, in files and on the console."""
+    (run := tmp_path / "é").mkdir()
+    (run / "config.json").write_text(json.dumps({"config": {"out": str(run)}}))
+    (run / "metrics.jsonl").write_text("")
+    script = "from plumbing.report.__main__ import main; print(chr(0x2192)); main()"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = command("-c", script, str(run), env=env)
+    assert done.returncode == 0, done.stderr
+    assert "\\u2192" in done.stdout and "é" in (run / "report.html").read_text("utf-8")
 
 
 def test_two_programs_may_write_one_file(tmp_path):

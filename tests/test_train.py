@@ -382,6 +382,8 @@ BAD = {
     "a run for a model": (["--model", "RUN"], "is a run and no model; give one of its checkpoints"),
     "no image processor": (["--model", "MODEL", "--data", "toy"], "image processor files"),
     "resume of nothing": (["--resume"], "no run in"),
+    "a model for a run": (["--out", "MODEL"], "holds a model, or something else that is no run"),
+    "damaged settings": (["--out", "RUN", "--resume"], "config.json cannot be read"),
     "below a file": (["--out", "FILE"], "cannot be written"),
     "a link to nowhere": (["--out", "LINK"], "cannot be written"),
 }
@@ -393,8 +395,9 @@ def test_bad_input_gets_one_sentence(case, folder, tmp_path):
     places = {"RUN": tmp_path / "other", "MODEL": tmp_path / "model", "LINK": tmp_path / "link"}
     places |= {"FILE": tmp_path / "model" / "config.json" / "run"}
     (places["RUN"] / "checkpoint-5").mkdir(parents=True)
-    (places["RUN"] / "config.json").write_text('{"config": {}}')
+    (places["RUN"] / "config.json").write_text('{"config": {}}'[: 9 if "--out" in flags else None])
     shutil.copytree(folder, places["MODEL"])
+    (places["MODEL"] / "checkpoint-500").mkdir()  # as other trainers leave beside their model
     (places["MODEL"] / "preprocessor_config.json").unlink()
     places["LINK"].symlink_to(tmp_path / "nowhere" / "else")
     with pytest.raises(SystemExit) as stopped:
@@ -438,9 +441,26 @@ def test_a_full_disk_stops_with_a_sentence(tmp_path, monkeypatch):
         optimizer=SimpleNamespace(updates=6, skipped=0),
         policy=torch.nn.Linear(100, 100),
     )
-    with pytest.raises(SystemExit, match="no disk space left"):
+    with pytest.raises(SystemExit, match="cannot be written .*No space left"):
         checkpoint.save(tmp_path, {"step": 3, "cursor": 12}, parts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most, where", [(1, "config.json"), (1000, "1 can"), (6000, "1 can")])
+def test_a_file_that_can_grow_no_further_is_one_sentence(most, where, tmp_path):
+    """As under a quota: at config.json, at the weights, at the optimizer's state. Nothing that is
+    half made is left, and the run can go on."""
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * most, hard))
+    flags = ["--out", tmp_path, *SMALL, "--steps", 1, "--val_data", ""]
+    done = command("train.py", *flags, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert where in last and "File too large" in last and "--resume" in last
+    assert not [p for p in tmp_path.iterdir() if "checkpoint" in p.name or p.name.startswith(".c")]
+    train_here("--out", tmp_path, *flags[2:], *(["--resume"] if most > 1 else []))
 
 
 def test_checkpoints_are_counted_before_a_run(tmp_path, monkeypatch):

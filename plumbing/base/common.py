@@ -4,6 +4,7 @@ that are whole or not there."""
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,28 @@ def fail(message, every_rank=False) -> NoReturn:
     if rank == "0":
         sys.exit(f"error: {message}")
     sys.exit(f"error in process {rank}: {message}" if every_rank else 1)
+
+
+FULL = [getattr(errno, name, 0) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EIO".split()]
+
+
+def takes_no_more(error):
+    """The line of an exception that says that a disk, or a file, takes no more; "" if none does.
+    Libraries hide the error's number in their own words."""
+    said = [os.strerror(number) for number in filter(None, FULL)]
+    return next((line for line in str(error).splitlines() if any(s in line for s in said)), "")
+
+
+def in_a_sentence(kind, error, trace):
+    """What ends a program that nothing else caught: of a full disk, a quota, a file that may not be
+    written, one sentence; of all else the traceback."""
+    if not (why := takes_no_more(error)):
+        return sys.__excepthook__(kind, error, trace)
+    then = "make room or give another place, and ask again (a run goes on with --resume)"
+    print(f"error: {console.shown(why.strip())}; {then}", file=sys.stderr)
+
+
+sys.excepthook = in_a_sentence
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,10 +92,25 @@ def write_atomically(path, text):
     """Write beside the file, then rename: a reader sees the old file or the new one, never half."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")  # two programs may write it at once
     try:
-        beside.write_text(text)
+        beside.write_text(text, "utf-8", "surrogateescape")  # of a path in another locale
         beside.replace(path)
+    except OSError as error:  # a write that fails does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_json(path, otherwise=fail):
+    """What a JSON file says, a dict; {} where there is no such file. otherwise(sentence): what is
+    done about one that cannot be read, before {} is returned"""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(found, dict):
+            return found
+        raise ValueError("it is no dict")
+    except (OSError, ValueError) as error:
+        otherwise(f"{path} cannot be read ({first_line(error)})")
+    return {}
 
 
 def may_write(folder):
@@ -147,11 +185,9 @@ def sync_folder(folder):
 def damaged(folder, share=slice(None), among=lambda name: True):
     """Which files of a folder with a manifest are not what it says -> names; share, among: of which
     of them this is asked"""
-    try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wanted = sorted(filter(among, sums))[share]
-    except (OSError, ValueError, TypeError):
+    if not (sums := read_json(folder / MANIFEST, otherwise=lambda _: None)):
         return [MANIFEST]
+    wanted = sorted(filter(among, sums))[share]
 
     def wrong(name):
         path = folder / name

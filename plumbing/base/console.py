@@ -10,6 +10,9 @@ from importlib import import_module
 
 from tqdm import tqdm
 
+for stream in (sys.stdout, sys.stderr):  # a locale that lacks a sign has it written out
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of a run only the first one speaks
 LINE_EVERY = 10.0
 

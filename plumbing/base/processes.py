@@ -1,13 +1,12 @@
 """Where this process stands among the others of a run that torchrun started, or alone."""
 
+import ctypes
+import faulthandler
 import math
 import os
 import signal
 import sys
-import threading
-import time
 from datetime import timedelta
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -34,19 +33,14 @@ def grow_segments():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-@cache
-def end_with_launcher():
-    """A torchrun that is killed outright leaves its workers at work: they then get the signal that
-    it would have sent, and stop after the step."""
-    launcher = os.getppid()
-
-    def watch():
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
+def under_torchrun():
+    """A worker that crashes below Python says where it was called from. And a torchrun that is
+    killed outright leaves its workers at work: on Linux they then get the signal that it would have
+    sent, and stop after the step."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=watch, daemon=True).start()
+        faulthandler.enable()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Processes:
@@ -64,7 +58,7 @@ class Processes:
             grow_segments()
             torch.cuda.set_device(self.device)
         if not alone:
-            end_with_launcher()
+            under_torchrun()
         if self.sharded and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
 

@@ -37,6 +37,7 @@ BENCHMARKS = {
 }
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 COLUMNS = ("problem", "answer", "images")
+LINE_END = re.compile(r"\s*\n\s*")  # in a JSON line, a text has none
 SECOND = {}  # {name in Example.seconds: columns that may hold it}; whoever uses some enters them
 
 
@@ -79,7 +80,19 @@ def open_rows(name, split, given=""):
     readers = {READERS[file.suffix] for file in files}
     if len(readers) > 1:
         raise ValueError(f"it holds {' and '.join(sorted(readers))} files; give one of them")
-    return load_dataset(*readers, data_files=[str(file) for file in files], split="train")
+    rows = load_dataset(*readers, data_files=[str(file) for file in files], split="train")
+    return with_dates_as_text(rows, files) if readers == {"json"} else rows
+
+
+def with_dates_as_text(rows, files):
+    """Rows of JSON files, in which a column of nothing but dates was read as points in time: its
+    texts are what the files say."""
+    for name in [name for name, kind in rows.features.items() if "timestamp" in str(kind)]:
+        found = []
+        for text in (file.read_text("utf-8-sig").strip() for file in files):
+            found += json.loads(text if text[0] == "[" else f"[{LINE_END.sub(',', text)}]")
+        rows = rows.remove_columns(name).add_column(name, [row.get(name) for row in found])
+    return rows
 
 
 def pick_split(splits, split, given):

@@ -12,10 +12,11 @@ from fractions import Fraction
 
 import sympy
 
-FUNCTIONS = {"sqrt": sympy.sqrt, "abs": sympy.Abs, "exp": sympy.exp, "ln": sympy.log}
-FUNCTIONS |= {"log": sympy.log, "lg": lambda x: sympy.log(x, 10), "sin": sympy.sin}
-FUNCTIONS |= {"cos": sympy.cos, "tan": sympy.tan, "sec": sympy.sec, "csc": sympy.csc}
-FUNCTIONS |= {"cot": sympy.cot, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan}
+FUNCTIONS = {"sqrt": sympy.sqrt, "abs": sympy.Abs, "exp": lambda x: raised(sympy.E, x)}
+FUNCTIONS |= {"log": sympy.log, "ln": sympy.log, "lg": lambda x: sympy.log(x, 10)}
+FUNCTIONS |= {"sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot}
+FUNCTIONS |= {"sec": sympy.sec, "csc": sympy.csc, "arcsin": sympy.asin, "arccos": sympy.acos}
+FUNCTIONS |= {"arctan": sympy.atan}
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
 GREEK = "alpha beta gamma delta theta lambda mu rho sigma tau phi omega".split()
 KNOWN = "|".join([*FUNCTIONS, "pi", *GREEK])
@@ -29,6 +30,7 @@ NAME_TOKEN = rf"log_\d|(?:(?:{KNOWN})(?![a-z])|[a-z])(?:_(?:\d+|[a-z]|\([^()]*\)
 TOKEN = re.compile(rf"(?ai){MIXED}|{SINGLE}|{REPEATING}|{NUMBER}|{NAME_TOKEN}|\S")
 DIGIT = "0123456789."
 DEEPEST = 60  # expressions within each other
+TALLEST = 2  # exponents within each other: one more, and a value has more digits than fit
 BITS = 100_000  # of a power of numbers
 DIGITS = 400  # of a value; what is below SMALLEST are terms that cancelled
 SMALLEST, ERROR = sympy.Float("1e-350"), sympy.Float("1e-300")  # ERROR is relative
@@ -102,14 +104,18 @@ class FormulaReader(list):
         return factorial(found) if self.take("!") else found
 
     def function(self, name, base):
-        """sqrt 2, log_2(8), sin^2 x. Without brackets sin 2xy is sin(2xy), but not sin x e^x."""
+        """sqrt 2, log_2(8), sin^2 x, sin^(-1) x for arcsin x. Without brackets sin 2xy is sin(2xy),
+        but not sin x e^x."""
         exponent = self.expression(4) if self.take("^") else sympy.Integer(1)
-        if not exponent.is_Integer or exponent < 1:  # sin^(-1) is arcsin, or 1/sin
+        if exponent == -1 and f"arc{name}" in FUNCTIONS:
+            name, exponent = f"arc{name}", sympy.Integer(1)
+        if not exponent.is_Integer or exponent < 1:
             raise ValueError(f"not a power of a function: {exponent}")
         whole = name == "sqrt" or self[-1] == "("
         argument = self.expression(4 if whole else 3)
         while not whole and re.fullmatch(VARIABLE, self[-1], re.I):
             argument *= self.expression(3)
+        low_enough(argument)
         return raised(FUNCTIONS[name](argument, *base), exponent)
 
 
@@ -125,13 +131,27 @@ def read_number(token):
 
 
 def factorial(n):
+    low_enough(n, 0)
     if n.is_number and abs(n) > BITS / 20:
         raise ValueError("too many digits")
     return sympy.factorial(n)
 
 
+def height(x):
+    """How many exponents that are no numbers stand within each other: two in e^(x^x)."""
+    inner = [power.args[-1] for power in x.atoms(sympy.Pow, sympy.exp, sympy.factorial)]
+    return max((1 + height(y) for y in inner if not y.is_Rational), default=0)
+
+
+def low_enough(x, most=TALLEST - 1):
+    """Raises ValueError if x is too high for an exponent, or the argument of a function."""
+    if height(x) > most:
+        raise ValueError("a tower of powers")
+
+
 def raised(base, exponent):
     bits = base.p.bit_length() + base.q.bit_length() if base.is_Rational else 1
+    low_enough(exponent)
     if exponent.is_number and abs(exponent) * bits > BITS:
         raise ValueError("too many digits")
     return base**exponent

@@ -17,7 +17,8 @@ AFTER |= {"μ": " mu ", "Ω": " Omega ", "∠": " angle ", "△": " triangle ", 
 AFTER = str.maketrans(AFTER | {"£": " gbp ", "€": " euro ", "¥": " yuan "})
 COMMANDS = dict(
     pair.split()
-    for pair in r"frac \frac,dfrac \frac,tfrac \frac,cfrac \frac,sqrt \sqrt,overline \overline,"
+    for pair in r"frac \frac,dfrac \frac,tfrac \frac,cfrac \frac,nicefrac \frac,sfrac \frac,"
+    r"sqrt \sqrt,overline \overline,"
     r"{ «,} »,binom \binom,dbinom \binom,tbinom \binom,cdot *,times *,ast *,div /,pm ±,not !,"
     "colon :,lt <,gt >,le ≤,leq ≤,leqslant ≤,leqq ≤,ge ≥,geq ≥,geqslant ≥,geqq ≥,ne ≠,neq ≠,"
     "approx =,vert |,lvert |,rvert |,mid |,varnothing ∅,emptyset ∅,in ∈,notin ∉,infty ∞,cup ∪,"
@@ -29,6 +30,7 @@ COUNT = dict(zip(f"zero {ONES} sixteen seventeen eighteen nineteen".split(), ran
 for k, ten in enumerate(TENS, 2):  # twenty-one before twenty, since the first that fits is taken
     COUNT |= {f"{ten}-{one}": 10 * k + COUNT[one] for one in ONES.split()[:9]} | {ten: 10 * k}
 SCALE = dict(zip("hundred thousand million billion 万 亿".split(), (2, 3, 6, 9, 4, 8)))
+HOURS = {"a": lambda h: str(int(h) % 12), "p": lambda h: str(int(h) % 12 + 12)}
 TURNED = str.maketrans("<>≤≥", "><≥≤")
 BOTH = r"^ *(\w+) *([<>≤≥])([^<>≤≥=]+) and +\1 *([<>≤≥])([^<>≤≥=]+)$"  # x > 3 and x < 5
 LABEL = r"(?:the |my )?(?:final |correct )?(?:answer|option|choice|答案|故?选项?)(?![a-z])"
@@ -58,6 +60,10 @@ RULES = [
     (r"\{,\}", ","),
     (r"(?<=\d) +(?=\d{3}(?![\d/.]))", ""),
     (r"\\%| ?(?i:\bper ?cent\b)", "%"),
+    # Of siunitx: \SI{5}{\centi\meter}, \ang{30}.
+    (rf"\\(?:SI|qty) *\{{({INNER})\}} *\{{({INNER})\}}", r"\1 \2"),
+    (r"\\(kilo|mega|giga|deci|centi|milli|micro|nano|pico) *\\(?=[a-z])", r"\\\1"),
+    (r"\\ang *\{([^{}]*)\}", r"\1 degree "),
     (r"\^ *(?:\{ *\\circ *\}|\\circ)|\\degree", " degree "),
     # The letter x as a sign, where nothing else makes sense.
     (r"(?<=\d) *[xX] *(?=10 *\^)", "*"),
@@ -77,6 +83,10 @@ RULES = [
     (r"\\([A-Za-z]+|[{}])", lambda m: COMMANDS.get(m[1], f" {m[1]} ")),
     (r" +(?=[ ^_])|(?<=\\frac) +(?=\d)|(?<=\\sqrt) +(?=\d)", ""),
     (r"« *»", "∅"),
+    # {x | x > 2} is what is said of x, and a time of day one of 24 hours.
+    (r"^« *[A-Za-z] *(?:∈[^|:]*)?[|:](?=.*[<>≤≥=≠∈])([^|:]+)»$", r"\1"),
+    (r"(?i)\b(1[0-2]|0?[1-9])(?=:\d\d *([ap])\.?m\b)", lambda m: HOURS[m[2].lower()](m[1])),
+    (r"(?i)(?<=:\d\d) *[ap]\.?m\b\.?", ""),
     (r"! *=(?!=)", "≠"),
     (r"! *∈", "∉"),
     (r"<=", "≤"),

@@ -37,7 +37,7 @@ class Grader:
     remembered.
     """
 
-    def __init__(self, seconds=5.0, workers=2, budget=60.0):
+    def __init__(self, seconds=1.0, workers=2, budget=20.0):
         self.seconds, self.workers, self.budget = seconds, workers, budget
         self.timeouts, self.spent = 0, 0.0
         self.idle = queue.LifoQueue()
@@ -137,7 +137,7 @@ def _start():
     # -P: neither must the folder that the run was started in.
     command = [sys.executable, "-P", "-c", WORKER, str(PROJECT)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    worker = subprocess.Popen(command, text=True, **pipes)
+    worker = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
     if worker.stdout.readline() != "ready\n":
         _stop(worker)
         why = f"`python -c 'import plumbing.grading.answers'` in {PROJECT} says why"

@@ -107,4 +107,4 @@ def save_adapter(vlm, folder, base, first):
     about |= dict(fan_in_fan_out=False, inference_mode=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(about, indent=2))
+    (folder / CONFIG).write_text(json.dumps(about, indent=2), "utf-8")

@@ -1,7 +1,6 @@
 """Weights of a model: load them, shard them over processes, stream them, save them."""
 
 import copy
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from plumbing.base.common import MANIFEST, damaged, fail, first_line
+from plumbing.base.common import MANIFEST, damaged, fail, first_line, read_json
 from plumbing.base.console import doing, fetching, say
 from plumbing.base.processes import gathered
 from plumbing.models import families, lora
@@ -37,14 +36,16 @@ def find_model(name):
 
 def whole_model(folder):
     """A local folder, if it holds a model."""
-    whole = (folder / "config.json").exists()
-    if (folder / lora.CONFIG).exists() and not whole:
+    about = read_json(folder / "config.json")
+    if (folder / lora.CONFIG).exists() and not about:
         merge = f"`python -m plumbing.merge {folder}`, and give the folder that this names"
         fail(f"{folder} holds an adapter only; merge it into its base model with {merge}")
-    if not whole:
-        fail(f"{folder} holds no model: there is no config.json")
-    if made := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
-        fail(f"{folder} is a run and no model; give one of its checkpoints, such as {made[-1]}")
+    if not about:
+        fail(f"{folder} holds no model: there is no config.json of one")
+    if "config" in about:
+        made = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        which = f"give one of its checkpoints, such as {made[-1]}" if made else "it saved none yet"
+        fail(f"{folder} is a run and no model; {which}")
     return folder
 
 
@@ -81,7 +82,7 @@ def check_chat_template(tok, folder):
 
     older = folder / "chat_template.json"  # as processors were saved by transformers 4.4x
     if not tok.chat_template and older.exists():
-        tok.chat_template = json.loads(older.read_text())["chat_template"]
+        tok.chat_template = read_json(older).get("chat_template")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}]
     text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if text.count(IMAGE_TOKEN) != 1 or "what ?" not in text:

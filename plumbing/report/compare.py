@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.base.common import fail, write_atomically
+from plumbing.base.common import fail, may_write, write_atomically
 from plumbing.base.console import track
 from plumbing.grading.workers import Grader
 from plumbing.report import responses
@@ -69,6 +69,7 @@ def compare(first, second):
 def rescore(path, out, kind="official"):
     """Grade the responses of a file again, by the rule `kind` -> lines of a table; writes them to
     out."""
+    may_write(Path(out).parent)  # before the work, not after it
     sets, grader = read(path), Grader()
     for name, records in sets.items():
         for r in track(records, f"grading {name}", "responses"):

@@ -60,7 +60,7 @@ def render(runs, curves):
     names = dict.fromkeys(name for config in configs for name in config)
     about = dict(runs=runs, curves=Markup(curves), darkest=DARKEST, accuracy=accuracy(runs))
     about["settings"] = [(k, *(json.dumps(config.get(k)) for config in configs)) for k in names]
-    return Template(TEMPLATE.read_text(), **kinds).render(about)
+    return Template(TEMPLATE.read_text("utf-8"), **kinds).render(about)
 
 
 def accuracy(runs):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing.base.common import fail, first_line, only_shows, write_atomically
+from plumbing.base.common import fail, only_shows, read_json, write_atomically
 from plumbing.base.console import say
 from plumbing.data.sources import DATA_SETS
 
@@ -71,7 +71,7 @@ def write_config(out, cfg, rows=None, model=None):
         "rows": rows,
         "revision": model.name if model and model.parent.name == "snapshots" else None,
     }
-    if cfg.resume and (before := read_config(out)):
+    if cfg.resume and (before := read_json(out / "config.json")):
         known = {k: before.get(k) for k in about if k not in ("config", "splits")}
         if before.get("rows", rows) != rows and not cfg.other_rows:
             then = f"--data {cfg.data} holds {rows}, and {before['rows']} when this run began"
@@ -80,16 +80,6 @@ def write_config(out, cfg, rows=None, model=None):
             say(f"note: since this run was last at work, these have changed: {', '.join(differs)}")
         about["history"] = [*before.get("history", []), known]
     write_atomically(out / "config.json", json.dumps(about, indent=1))
-
-
-def read_config(out):
-    """config.json of a run; {} where it cannot be read, with a line where it is there."""
-    path = out / "config.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        say(f"warning: {path} cannot be read ({first_line(error)})")
-        return {}
 
 
 def changes(before, about):
@@ -104,7 +94,7 @@ def read_metrics(out):
     """metrics.jsonl as a list of dicts; a line that is none, cut short by a crash or otherwise, is
     left out."""
     lines, path = [], out / "metrics.jsonl"
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -121,7 +111,7 @@ def cut_metrics(out, step):
 def log(out, metrics, other=None):
     """Append one step's line to metrics.jsonl. other: what --log opened, if anything; there the
     phases' seconds are called phases/<name>."""
-    with open(out / "metrics.jsonl", "a") as f:
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(metrics) + "\n")
     if other:
         numbers = {k: v for k, v in metrics.items() if k not in ("step", "phases")}
@@ -255,8 +245,7 @@ def load_run(out):
     """What a run's folder holds for page.html: about is config.json, samples are [(step, what
     plumbing/report/samples.py keeps)], the newest first, meanings say what is asked in a split, and
     left when signs of a collapse were seen. Raises ValueError if it holds no run."""
-    files = {name: out / f"{name}.json" for name in ("config", "evaluation")}
-    said = {name: json.loads(f.read_text()) if f.exists() else {} for name, f in files.items()}
+    said = {name: read_json(out / f"{name}.json", say) for name in ("config", "evaluation")}
     if "config" not in said["config"]:
         raise ValueError(f"{out} holds no run: there is no config.json of one")
     metrics, settings = read_metrics(out), said["config"]["config"]
@@ -266,7 +255,7 @@ def load_run(out):
     steps, samples = sorted((step for step in known if step <= last), reverse=True), []
     for step in steps[:SAMPLES] + steps[SAMPLES:][-1:]:
         with only_shows(f"{known[step]} cannot be read"):
-            samples.append((step, json.loads(known[step].read_text())))
+            samples.append((step, json.loads(known[step].read_text("utf-8"))))
     meanings = said["config"].get("splits", {}) if "algo" in settings else {}
     left = first_anomaly(metrics) if settings.get("gamma") else {}
     about = {"name": out.name, "about": said["config"], "evaluation": said["evaluation"]}

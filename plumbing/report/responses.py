@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.base.common import fail, first_line, write_atomically
+from plumbing.base.common import fail, first_line, read_json, write_atomically
 from plumbing.base.console import say
+from plumbing.data.schemas import answer_of
 from plumbing.data.sources import BENCHMARKS
 
 
@@ -42,12 +43,14 @@ def read(path):
             continue
         try:
             record = json.loads(line)
-            more = {"id": record["id"], "predict": record["predict"] or ""}
-            record |= more | {"label": str(record["label"])}
-        except (json.JSONDecodeError, TypeError, KeyError):
+            record |= {key: answer_of(record[key]) for key in ("predict", "label")}
+            record["id"], name = str(record["id"]), str(record.get("split") or Path(path).stem)
+            if "accuracy" in record:
+                record["accuracy"] = float(record["accuracy"])
+        except (ValueError, TypeError, KeyError):
             unread += [number] if number < len(lines) else []
             continue
-        sets.setdefault(record.get("split") or Path(path).stem, []).append(record)
+        sets.setdefault(name, []).append(record)
     if unread and not sets:
         fail(f"{path} holds no line with id, predict and label")
     if unread:
@@ -63,7 +66,7 @@ def answered(out, settings):
     if out.exists() and not about.exists():
         fail(f"{out} exists, but {about.name}, which describes it, does not; give another --out")
     if out.exists():
-        then = json.loads(about.read_text())
+        then = read_json(about)
         other = {k: now for k, now in settings.items() if then.get(k) != now}
         if changed := [f"{k} ({then.get(k)!r} then, {now!r} now)" for k, now in other.items()]:
             fail(f"{out} holds another evaluation: {', '.join(changed)}; give another --out")
@@ -79,10 +82,9 @@ def answered(out, settings):
 
 def as_trained(folder):
     """Sampling, limits and columns of the run that a checkpoint folder belongs to; else {}."""
-    about = Path(folder).parent / "config.json"
-    if not Path(folder).name.startswith("checkpoint-") or not about.exists():
+    if not Path(folder).name.startswith("checkpoint-"):
         return {}
-    cfg = json.loads(about.read_text())["config"]
+    cfg = read_json(Path(folder).parent / "config.json").get("config", {})
     names = "temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels dtype "
     names += "reward columns hint_right"
     return {k: cfg[k] for k in names.split() if k in cfg}

@@ -6,7 +6,7 @@ evaluate_splits is eval.py's, which stands above this room.
 import json
 from pathlib import Path
 
-from plumbing.base.common import Clock, write_atomically
+from plumbing.base.common import Clock, read_json, write_atomically
 from plumbing.base.console import say
 from plumbing.data.sources import splits_of, validation_split
 from plumbing.report import record
@@ -45,7 +45,7 @@ def measure_all(parts, when, evaluate_splits):
     """avg@n on every test split, before or after training, into evaluation.json -> {when: ...}"""
     cfg, out = parts.cfg, Path(parts.cfg.out)
     file = out / "evaluation.json"
-    summaries = json.loads(file.read_text()) if file.exists() else {}
+    summaries = read_json(file)
     # What was measured before training stays; after it, a longer run is measured again.
     if cfg.val_data and (when == "after" or when not in summaries):
         summaries[when] = evaluate_splits(parts, splits_of(cfg.val_data), cfg.eval_n, "test")

@@ -31,8 +31,10 @@ from plumbing.base.common import (
     fail,
     hold,
     may_write,
+    read_json,
     seal,
     sync_folder,
+    takes_no_more,
 )
 from plumbing.base.console import doing
 from plumbing.models.lora import count
@@ -75,7 +77,10 @@ def open_folder(out, cfg, say):
     if os.environ.get("RANK", "0") == "0" and (not cfg.resume or out.is_dir()):
         may_write(out)
         hold(out)
-    used = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
+    about = read_json(out / "config.json")
+    used = "config" in about or (out / "metrics.jsonl").exists()
+    if about and not used:
+        fail(f"{out} holds a model, or something else that is no run; give another --out")
     if not cfg.resume:
         if used and is_finished(out):
             onwards = "give another --out, or go on with --resume and more --steps"
@@ -118,10 +123,9 @@ def newest_sound(out, processes, say):
 def is_finished(out):
     """Has the run in a folder come to its end? What it measured then is there; without validation
     data the checkpoint of its last step is."""
-    evaluation, about = out / "evaluation.json", out / "config.json"
-    if evaluation.exists():
-        return "after" in json.loads(evaluation.read_text())
-    cfg = json.loads(about.read_text())["config"] if about.exists() else {}
+    if measured := read_json(out / "evaluation.json"):
+        return "after" in measured
+    cfg = read_json(out / "config.json").get("config", {})
     ended = cfg.get("steps") and not cfg.get("val_data")
     return bool(ended) and is_whole(out / f"checkpoint-{cfg['steps']}")
 
@@ -172,13 +176,13 @@ def save(out, counters, parts):
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
             if shutil.disk_usage(out).free < bytes_of(*count(parts.policy), parts.cfg):
-                raise OSError(errno.ENOSPC, "no space left")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         processes.barrier()
         save_model(parts.policy, making, parts.folder, parts.cfg, processes.first)
         state, alone = _state(parts.policy, optimizer), processes.world == 1
         dcp.save(state, checkpoint_id=making / "trainer", no_dist=alone)
         if processes.first:
-            (making / "trainer" / "state.json").write_text(json.dumps(counters))
+            (making / "trainer" / "state.json").write_text(json.dumps(counters), "utf-8")
         processes.barrier()
         names = sorted(str(p.relative_to(making)) for p in making.rglob("*") if p.is_file())
         mine = names[processes.rank :: processes.world]
@@ -190,12 +194,12 @@ def save(out, counters, parts):
             making.rename(final)
             sync_folder(out)
             remove_oldest(out, parts.cfg.keep)
-    except (OSError, dcp.api.CheckpointException) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
+    except (Exception, dcp.api.CheckpointException) as error:  # a BaseException
         shutil.rmtree(making, ignore_errors=True)
-        rest = "free some and continue with --resume (older checkpoints are untouched)"
-        fail(f"no disk space left for {final}; {rest}")
+        if not (why := takes_no_more(error)):
+            raise
+        rest = "make room and continue with --resume (older checkpoints are untouched)"
+        fail(f"{final} cannot be written ({why.strip()}); {rest}")
     processes.barrier()
 
 
@@ -217,7 +221,7 @@ def restore(folder, parts):
         saved["fused"] = own["fused"]
     loaded = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     set_state_dict(parts.policy, parts.optimizer.adamw, **loaded, options=TRAINED)
-    counters = json.loads((folder / "trainer" / "state.json").read_text())
+    counters = read_json(folder / "trainer" / "state.json")
     parts.optimizer.updates = counters.pop("updates")
     parts.optimizer.skipped = counters.pop("skipped")
     return counters

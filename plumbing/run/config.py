@@ -14,7 +14,6 @@ The object that comes out is the one that is used, logged, and compared on a res
 
 import argparse
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +23,7 @@ from typing import ClassVar
 from loss import PERCEPTION
 from masking import MASKS
 from papo import ALGORITHMS
-from plumbing.base.common import Parser, fail
+from plumbing.base.common import Parser, fail, read_json
 from plumbing.base.logs import LOGS, check_log
 from plumbing.data.sources import MMK12, VIRL39K
 from plumbing.models.families import TOYS
@@ -406,11 +405,9 @@ def preset_of(model, data):
 
 def is_tiny(model):
     """Is it a folder with a model of the size of toy/model.py?"""
-    try:
-        about = json.loads((Path(model) / "config.json").read_text())
-        return about["text_config"]["hidden_size"] <= 256
-    except (OSError, ValueError, KeyError, TypeError):  # a hub name, or a folder without a model
-        return False
+    about = read_json(Path(model) / "config.json", otherwise=lambda _: None)  # or it is a hub name
+    text = about.get("text_config")
+    return isinstance(text, dict) and text.get("hidden_size", math.inf) <= 256
 
 
 def default_sampler(cuda):
@@ -589,7 +586,9 @@ def parser(settings=Config, description=PAPO):
 
 def same_run(cfg, path):
     """End with a sentence unless the config file at path is of the run that cfg would continue."""
-    before, now = json.loads(path.read_text())["config"], dataclasses.asdict(cfg)
+    before, now = read_json(path).get("config"), dataclasses.asdict(cfg)
+    if before is None:
+        fail(f"--resume: {path} does not say how a run was made")
     changed = [
         f"{k} ({before.get(k)!r} then, {v!r} now)"
         for k, v in now.items()
