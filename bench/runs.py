@@ -147,9 +147,9 @@ class Runs:
 NUMBERS = ("accuracy", "followed")
 
 
-def start_child(words, out):
-    """Run a program of this project in a fork of this process -> its process id. Output goes beside
-    `out`, and what stands in `out` is gone on with."""
+def start_child(words, out, first=lambda: None):
+    """Run a program of this project in a fork of this process, which calls first() -> its process
+    id. Output goes beside `out`, and what stands in `out` is gone on with."""
     out.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (out / "config.json").exists() else []
     sys.stdout.flush()
@@ -159,8 +159,11 @@ def start_child(words, out):
     os.dup2(log, 1), os.dup2(log, 2)
     sys.argv, status = [*words, *resume], 1
     try:
+        first()
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
         status = 0
+    except SystemExit as ended:
+        print(ended, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
