@@ -175,7 +175,7 @@ def in_child(work, *args, **more):
     """Call work(...) in a fork of this process, which so never uses its threads."""
     if child := os.fork():
         if os.waitpid(child, 0)[1]:
-            fail("a warm start could not be made; the reason is above")
+            fail(f"{work.__name__} did not end well; the reason is above")
         return
     status = 1
     try:

@@ -50,7 +50,7 @@ def test_the_house_is_small():
         "plumbing": (lines("plumbing/**/*.py"), 5766),
         "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 1580),
         "toy": (lines("toy/*.py"), 650),
-        "bench": (lines("bench/*.py"), 2160),
+        "bench": (lines("bench/*.py"), 2300),
         "tests": (lines("tests/*.py"), 8096),
         "lines of ours that train loads": (sum(loaded), 6085),
         "modules of ours that train loads": (len(loaded), 41),
