@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loss import policy_logits
-from plumbing.base.common import generator
+from plumbing.base.common import fail, generator
 from plumbing.base.console import Bar, say
 from plumbing.data.prompts import Prompt
 from plumbing.models.families import family_of
@@ -151,7 +151,7 @@ class TransformersSampler(Sampler):
         """B prompts, left-padded to P tokens -> (cache, logits of the first token (B, V), position
         of the first token (B,), attention mask (B, P))"""
         B, P, device = len(prompts), max(len(p.ids) for p in prompts), self.vlm.device
-        ids = torch.full((B, P), self.tok.pad_token_id)
+        ids = torch.full((B, P), self.tok.eos_token_id)  # what fills up is not attended to
         attend, positions = torch.zeros(B, P, dtype=torch.long), torch.zeros(3, B, P).long()
         for b, p in enumerate(prompts):
             k = P - len(p.ids)
@@ -177,6 +177,8 @@ class TransformersSampler(Sampler):
         draws = [torch.rand(n, limit, generator=generator(*x), dtype=torch.float64) for x in seeds]
         uniform = torch.cat(draws).to(device)  # (rows, limit)
         cache, logits, position, attend = self._prefill(prompts)
+        if not logits.isfinite().all():
+            fail("the model's logits are not finite; its weights may be damaged", every_rank=True)
         cache.batch_repeat_interleave(n)
         logits, position, attend = (x.repeat_interleave(n, 0) for x in (logits, position, attend))
         alive = torch.arange(rows, device=device)  # which response each row of the cache belongs to

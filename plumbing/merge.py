@@ -25,7 +25,8 @@ def load_adapter(folder):
     try:
         about = read_json(folder / CONFIG)
         name, rank, alpha = (about[k] for k in ("base_model_name_or_path", "r", "lora_alpha"))
-    except (OSError, ValueError, KeyError) as error:
+        rank, alpha = int(rank), float(alpha)
+    except (TypeError, ValueError, KeyError) as error:
         fail(f"{folder / CONFIG} does not say what to merge ({first_line(error)})")
     others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
     if other := [setting for setting in others if about.get(setting)]:

@@ -45,14 +45,14 @@ def test_the_house_is_small():
     loaded = loaded_by_train()
     flags = [a for a in parser()._actions if a.dest != "help"]
     sizes = {
-        "the top": (sum(lines(p.name) for p in TOP), 1667),
+        "the top": (sum(lines(p.name) for p in TOP), 1668),
         "the longest file of the top": (max(lines(p.name) for p in TOP), 260),
-        "plumbing": (lines("plumbing/**/*.py"), 5766),
+        "plumbing": (lines("plumbing/**/*.py"), 5775),
         "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 1580),
         "toy": (lines("toy/*.py"), 650),
         "bench": (lines("bench/*.py"), 2300),
-        "tests": (lines("tests/*.py"), 8096),
-        "lines of ours that train loads": (sum(loaded), 6085),
+        "tests": (lines("tests/*.py"), 8140),
+        "lines of ours that train loads": (sum(loaded), 6100),
         "modules of ours that train loads": (len(loaded), 41),
         "lines of train.py --help": (len(parser().format_help().splitlines()), 131),
         "flags of train.py": (len(flags), 61),

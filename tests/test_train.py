@@ -1,7 +1,9 @@
 """A run from its first line to its last: what it leaves, stop and resume, two processes, bad input;
 and one real step, looked at from inside."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -22,7 +24,7 @@ from torch.optim import AdamW
 
 import papo
 import train as module
-from plumbing.base.common import damaged, hold
+from plumbing.base.common import damaged, hold, takes_no_more
 from plumbing.base.processes import Processes
 from plumbing.models.lora import count
 from plumbing.models.weights import find_model, shape_of
@@ -439,6 +441,13 @@ def test_only_what_the_run_wrote_is_deleted_or_continued(finished, tmp_path):
     assert sorted(kept) == sorted([*mine, "checkpoint-5", "checkpoint-x"])
     assert [p.name for p in (out / "checkpoint-5-set-aside").iterdir()] == ["mine"]
     assert [m["step"] for m in metrics(out)] == [1, 2, 3, 4, 5]
+
+
+def test_what_libraries_say_of_a_full_disk_is_known():
+    short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = [takes_no_more(x) for x in (short, full, Exception(f"a\n  b {full}"), OSError("?"))]
+    assert all(said[:3]) and not said[3]
 
 
 def test_a_full_disk_stops_with_a_sentence(tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 """A model folder as people have it: whole, or one sentence says what is missing."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plumbing.models.weights import load_processors, load_vlm, save_hf
+from plumbing.data.prompts import encode
+from plumbing.models.weights import banned_tokens, load_processors, load_vlm, save_hf
 from plumbing.run.setup import model_folder
 from policy import Policy
+from rollout import TransformersSampler
+from toy.task import ToyData
 
 
 @pytest.fixture
@@ -59,6 +63,28 @@ def test_a_file_of_weights_that_is_none(content, copy):
     file.write_bytes(file.read_bytes()[:5000] if content is None else content)
     with pytest.raises(SystemExit, match="cannot be loaded as a vision-language model"):
         load_vlm(copy)
+
+
+@pytest.mark.parametrize("number", [math.nan, 4e37])
+def test_weights_that_are_not_numbers(number, copy, cfg, processors):
+    """Or are some, and make log-probs that are none; a tokenizer needs no token to fill up with."""
+    file, tok = copy / "model.safetensors", load_processors(copy, cfg)[0]
+    weights, tok.pad_token = load_file(file), None
+    sample = lambda: TransformersSampler(
+        load_vlm(copy), tok, banned_tokens(copy, tok), cfg
+    ).generate([encode(ToyData("train", 1)[0], *processors)], 1, [(1,)])
+    assert sample()[0].texts
+    weights[next(name for name in weights if "mlp" in name)][0, 0] = number
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="finite"):
+        sample()
+
+
+def test_a_tokenizer_of_another_model_is_a_sentence(copy, cfg):
+    tok = load_processors(copy, cfg)[0]
+    tok.add_tokens([f"word{i}" for i in range(200)])
+    with pytest.raises(SystemExit, match=r"has 69 tokens, and its tokenizer 269"):
+        banned_tokens(copy, tok)
 
 
 def test_a_folder_without_a_model(copy):

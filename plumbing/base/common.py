@@ -41,7 +41,8 @@ FULL = [getattr(errno, name, 0) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EI
 def takes_no_more(error):
     """The line of an exception that says that a disk, or a file, takes no more; "" if none does.
     Libraries hide the error's number in their own words."""
-    said = [os.strerror(number) for number in filter(None, FULL)]
+    said = ["unexpected pos"]  # torch.save's word for it, sometimes
+    said += [os.strerror(number) for number in filter(None, FULL)]
     return next((line for line in str(error).splitlines() if any(s in line for s in said)), "")
 
 

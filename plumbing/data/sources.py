@@ -176,6 +176,8 @@ class Rows:
         if missing := ", ".join(sorted(set(needed) - set(there))):
             has = f"it has {', '.join(there)} (--columns says which is which)"
             fail(f"{name} has no column {missing}; {has}")
+        if unseen := {"options", "choices"}.intersection(there) - {*columns}:
+            say(f"warning: the column {min(unseen)} of {name} is not shown; a problem is one text")
         self.pictures = {"images": columns[2]}  # and {name in Example.seconds: column}
         for second, known in SECOND.items():
             if found := [column for column in known if column in rows.column_names]:

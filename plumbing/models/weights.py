@@ -113,6 +113,8 @@ def load_vlm(folder, dtype=torch.float32):
         other = sorted(found["unexpected_keys"])
         hint = f"; it has {other[0]} instead" if other else ""
         fail(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}{hint}")
+    if broken := [name for name, p in vlm.named_parameters() if not p.isfinite().all()]:
+        fail(f"{folder} holds numbers that are not finite, the first in {broken[0]}")
     return prepare(vlm.eval(), family)
 
 
@@ -121,7 +123,10 @@ def banned_tokens(folder, tok):
     embedding that no token owns."""
     from transformers import AutoConfig
 
-    banned = torch.arange(AutoConfig.from_pretrained(folder).text_config.vocab_size) >= len(tok)
+    V = AutoConfig.from_pretrained(folder).text_config.vocab_size
+    if len(tok) > V:
+        fail(f"{folder} has {V} tokens, and its tokenizer {len(tok)}; they are of two models")
+    banned = torch.arange(V) >= len(tok)
     banned[[i for i in tok.convert_tokens_to_ids(families.VISUAL_TOKENS) if i is not None]] = True
     return banned
 
