@@ -57,13 +57,15 @@ RULES = [
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])", " "),
     (LEFT_BRACE, r"\\begin{cases}\1\\end{cases}"),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
-    (r"\{,\}", ","),
+    (r"\{([,:])\}", r"\1"),
+    (r"^ *=", ""),
     (r"(?<=\d) +(?=\d{3}(?![\d/.]))", ""),
     (r"\\%| ?(?i:\bper ?cent\b)", "%"),
     # Of siunitx: \SI{5}{\centi\meter}, \ang{30}.
     (rf"\\(?:SI|qty) *\{{({INNER})\}} *\{{({INNER})\}}", r"\1 \2"),
     (r"\\(kilo|mega|giga|deci|centi|milli|micro|nano|pico) *\\(?=[a-z])", r"\\\1"),
     (r"\\ang *\{([^{}]*)\}", r"\1 degree "),
+    (r"\\num *\{([^{}]*)\}", r" \1"),
     (r"\^ *(?:\{ *\\circ *\}|\\circ)|\\degree", " degree "),
     # The letter x as a sign, where nothing else makes sense.
     (r"(?<=\d) *[xX] *(?=10 *\^)", "*"),
