@@ -51,7 +51,8 @@ def pictures(folder):
     buffer = io.BytesIO()
     Image.effect_noise((640, 480), 60).save(buffer, "JPEG", quality=20)
     row = {"problem": f"<image> {ASKED}", "answer": "3", "images": [{"bytes": buffer.getvalue()}]}
-    parquet.write_table(pyarrow.Table.from_pylist([row] * 39_000), folder / "rows.parquet")
+    table = pyarrow.Table.from_pylist([row] * 39_000)
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=1000)
     return lambda: checked(Rows(folder / "rows.parquet", "train"))
 
 
