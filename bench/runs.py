@@ -165,7 +165,7 @@ def start_child(words, out, first=lambda: None):
     except SystemExit as ended:
         print(ended, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
