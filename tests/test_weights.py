@@ -104,6 +104,8 @@ def test_a_folder_without_a_model(copy):
         ("{{ messages[0]['content'][1]['text'] }}", "makes no <.image_pad.> of a picture"),
         ("{{ raise_exception('no pictures') }}", "no pictures"),
         ("{% for", "has no usable tokenizer"),
+        ("{{ 'x' + messages[0]['content'] }}", "can only concatenate str"),  # of a text model
+        ("{{ messages[0]['content'].strip() }}", "has no usable tokenizer"),
     ],
 )
 def test_a_chat_template_that_loses_the_picture(template, words, copy, cfg, processors):

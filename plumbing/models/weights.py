@@ -70,7 +70,7 @@ def load_processors(folder, cfg):
         image_processor = families.load_image_processor(folder, cfg.min_pixels, cfg.max_pixels)
         check_chat_template(tok, Path(folder))
         return tok, image_processor
-    except (OSError, ValueError, TemplateError) as error:
+    except (OSError, ValueError, TypeError, TemplateError) as error:  # a template may be any
         lacks = f"no usable tokenizer and image processor files ({first_line(error)})"
         fail(f"{folder} has {lacks}; copy them from the model it was made from")
 
