@@ -34,7 +34,7 @@ import torch
 
 import toy.task  # noqa: F401  registers the data set "toy"
 from fine_r1.conversations import encode_conversation, open_conversations
-from plumbing.base.common import Clock, fail, write_atomically
+from plumbing.base.common import Clock, fail, read_json, write_atomically
 from plumbing.base.console import doing, say, track
 from plumbing.base.logs import open_log
 from plumbing.base.optimizer import Optimizer, cosine
@@ -315,7 +315,7 @@ def main():
     take_steps(parts, progress, sft_step, measure_loss, show_loss)
     parts.close()
     if cfg.val_data and parts.processes.first:
-        losses = json.loads(file.read_text()) | {"after": record.read_metrics(out)[-1]["val_loss"]}
+        losses = read_json(file) | {"after": record.read_metrics(out)[-1]["val_loss"]}
         write_atomically(file, json.dumps(losses))
         record.write_page(out)
     say(f"written: {out / f'checkpoint-{progress.step}'}; train.py --model goes on from there")

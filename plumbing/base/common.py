@@ -43,7 +43,8 @@ def takes_no_more(error):
     Libraries hide the error's number in their own words."""
     said = ["unexpected pos"]  # torch.save's word for it, sometimes
     said += [os.strerror(number) for number in filter(None, FULL)]
-    return next((line for line in str(error).splitlines() if any(s in line for s in said)), "")
+    lines = map(str.strip, str(error).splitlines())
+    return next((line for line in lines if any(s in line for s in said)), "")
 
 
 def in_a_sentence(kind, error, trace):
@@ -52,7 +53,7 @@ def in_a_sentence(kind, error, trace):
     if not (why := takes_no_more(error)):
         return sys.__excepthook__(kind, error, trace)
     then = "make room or give another place, and ask again (a run goes on with --resume)"
-    print(f"error: {console.shown(why.strip())}; {then}", file=sys.stderr)
+    print(f"error: {console.shown(why)}; {then}", file=sys.stderr)
 
 
 sys.excepthook = in_a_sentence

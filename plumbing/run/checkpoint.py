@@ -199,7 +199,7 @@ def save(out, counters, parts):
         if not (why := takes_no_more(error)):
             raise
         rest = "make room and continue with --resume (older checkpoints are untouched)"
-        fail(f"{final} cannot be written ({why.strip()}); {rest}")
+        fail(f"{final} cannot be written ({why}); {rest}")
     processes.barrier()
 
 
