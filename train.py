@@ -146,9 +146,8 @@ def micro_batches(groups: list[Group], prompts: dict, parts: Parts, step: int) -
     cfg, device, batches = parts.cfg, parts.processes.device, []
     groups = cfg.regroup(groups)
     lengths = [g.prompt_tokens + sum(g.lengths) for g in groups]
-    for indices in track(
-        my_batches(lengths, parts.processes, cfg.tokens_per_forward), "", "passes"
-    ):
+    passes = my_batches(lengths, parts.processes, cfg.tokens_per_forward, parts.policy.flat)
+    for indices in track(passes, "", "passes"):
         chosen = [groups[i] for i in indices]
         read = []
         for g in chosen:

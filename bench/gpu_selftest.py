@@ -12,7 +12,6 @@ goes to selftest.json in --out, the file to send in with a question. It ends aft
 import argparse
 import faulthandler
 import json
-import subprocess
 import sys
 import time
 import traceback
@@ -26,23 +25,17 @@ from torch.utils.collect_env import get_env_info
 
 import train
 from plumbing.base.common import first_line, write_atomically
-from plumbing.base.processes import device_memory, gathered, grow_segments
+from plumbing.base.processes import device_memory, grow_segments
 from plumbing.fit import ENGINE_ROOM, OUTSIDE, PICTURED, plan
 from plumbing.models.shapes import without_weights
-from plumbing.models.vision import ATTENTION
-from plumbing.report.record import read_metrics
 from plumbing.run.checkpoint import Progress
 from plumbing.run.config import parser, resolve
 from plumbing.run.setup import setup
 from plumbing.run.sync import SYNC_TOLERANCE, check_sync, response_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
-# Two ways to compute the same may differ by so many nats a token, and their gradients by this share
-# of their length: float32 rounds less.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # Memory may rise by this factor more than was planned.
 PLANNED = 1.2
-PATIENCE = 150  # seconds for each half of the run that is killed
 # Pixels of a picture of the step, words beside it, the most tokens of a prompt and of a response,
 # and the tokens of the short responses that are compared. The real ones make one group of four a
 # pass of 8,192 tokens with one picture, which is what plumbing/fit.py plans with.
@@ -50,11 +43,9 @@ SIZES = {
     "toy": (28 * 28 * 4, 40, 256, 12, 12),
     "qwen2.5-vl-3b": (28 * 28 * PICTURED, 100, 1280, 1728, 64),
 }
-# A whole run comes before this process takes memory of its own.
-STAGES = "versions model resume start sync gap packing vision step sleep".split()
+STAGES = "versions model start sync gap step sleep".split()
 # The stage whose work it goes on with.
-NEEDS = {"resume": "model", "start": "model", "sync": "start", "gap": "start", "step": "start"}
-NEEDS |= {"packing": "gap", "vision": "gap", "sleep": "start"}
+NEEDS = {"start": "model", "sync": "start", "gap": "start", "step": "start", "sleep": "start"}
 
 
 def depth_for(memory):
@@ -98,9 +89,9 @@ class SelfTest:
         flags = dict(model=self.folder, max_prompt_tokens=prompt, max_response_tokens=response)
         flags |= dict(max_pixels=pixels, dtype="bfloat16" if self.cuda else "float32") | more
         small = (
-            "--data toy --algo papo_g --lr 1e-6 --steps 2 --prompts_per_step 8 --group_size 4 "
-            "--prompts_per_update 4 --mask_unit patch --sleep 2 --tokens_per_forward 8192 "
-            "--gpu_memory_utilization 0.3 --save_every 1 --eval_every 0"
+            "--data toy --algo papo_g --lr 1e-6 --top_p 0.99 --steps 2 --prompts_per_step 8 "
+            "--group_size 4 --prompts_per_update 4 --mask_unit patch --sleep 2 "
+            "--tokens_per_forward 8192 --gpu_memory_utilization 0.3 --save_every 1 --eval_every 0"
         ).split()
         return [*small, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
 
@@ -133,8 +124,6 @@ class SelfTest:
     def gap(self):
         """How far are sampler and trainer apart, on the weights as they are?"""
         rollouts = self.sample()
-        self.parts.sampler.sleep()  # until the step: what comes between has gradients
-        self.tokens = [r.tokens for r in rollouts]
         return self.from_trainer(rollouts)
 
     def from_trainer(self, rollouts):
@@ -143,53 +132,6 @@ class SelfTest:
         theirs = [x for r in rollouts for x in r.logprobs]
         difference = torch.cat([(a - b).abs() for a, b in zip(ours, theirs)]).mean().item()
         return {"nats a token": (difference, SYNC_TOLERANCE[self.parts.cfg.dtype])}
-
-    def scored(self, prompts, groups, weights):
-        """Log-probs of all tokens, (tokens,), and the gradients of their sum by these weights."""
-        policy = self.parts.policy
-        rows = policy.pack(prompts, groups).to(self.device)
-        policy.train()  # for activation checkpointing, as in training
-        logp = policy(rows, rows.pixels).logp[rows.scored]
-        logp.sum().backward()
-        policy.eval()
-        gradient = torch.cat([gathered(w.grad).flatten().float() for w in weights])
-        policy.zero_grad()
-        return logp.detach(), gradient
-
-    def compared(self, one, exact):
-        """How far two results of `scored` are apart."""
-        limit, share = TOLERANCE[self.parts.cfg.dtype], (one[1] - exact[1]).norm() / exact[1].norm()
-        nats = (one[0] - exact[0]).abs().mean()
-        return {"nats a token": (nats.item(), limit), "gradients": (share.item(), limit)}
-
-    def packing(self):
-        """One row for all groups, against every response by itself: values and gradients."""
-        layers = self.parts.policy.vlm.model.language_model.layers
-        weights = [layer.self_attn.o_proj.weight for layer in (layers[0], layers[-1])]
-        together = self.scored(self.prompts[:4], self.tokens, weights)
-        pairs = [(p, t) for p, group in zip(self.prompts, self.tokens) for t in group]
-        alone = [self.scored([p], [[t]], weights) for p, t in pairs]
-        exact = torch.cat([logp for logp, _ in alone]), sum(gradient for _, gradient in alone)
-        return {"layout": "flat" if self.parts.policy.flat else "rows"} | self.compared(
-            together, exact
-        )
-
-    def vision(self):
-        """The tower's attention in one call, against a call for each window: values and the
-        tower's gradients."""
-        policy, found, seconds = self.parts.policy, {}, {}
-        blocks = policy.family.tower(policy.vlm).blocks
-        weights = [block.attn.proj.weight for block in (blocks[0], blocks[-1])]
-        for way in (ATTENTION, "sdpa", ATTENTION, "sdpa"):  # the first of each warms up
-            policy.family.use_tower_attention(policy.vlm, way)
-            began = time.perf_counter()
-            found[way] = self.scored(self.prompts[:4], self.tokens, weights)
-            if self.cuda:
-                torch.cuda.synchronize()
-            seconds[way] = time.perf_counter() - began
-        policy.family.use_tower_attention(policy.vlm, ATTENTION)
-        faster = seconds["sdpa"] / seconds[ATTENTION]
-        return self.compared(found[ATTENTION], found["sdpa"]) | {"times as fast": faster}
 
     def step(self):
         """Two whole PAPO steps; of the second one the phases, the speed and the memory."""
@@ -247,26 +189,6 @@ class SelfTest:
         # It never took the room for its largest prefill, and may keep graphs and workspaces.
         said["kept of its share, GB"] = (kept, (ENGINE_ROOM + OUTSIDE) / 1e9)
         return said | self.from_trainer(rollouts)
-
-    def resume(self):
-        """A run that is killed after its first step goes on to its last one."""
-        out, log = self.out / "killed", self.out / "killed.log"
-        words = self.words(out=out, keep=1, eval_questions=2, eval_n=1, max_response_tokens=64)
-        command = [sys.executable, str(ROOT / "train.py"), *words]
-        with open(log, "w", encoding="utf-8") as file:
-            told = dict(stdout=file, stderr=subprocess.STDOUT)
-            with subprocess.Popen(command, **told) as run:
-                for _ in range(5 * PATIENCE):
-                    if run.poll() is not None or (out / "checkpoint-1").exists():
-                        break
-                    time.sleep(0.2)
-                run.kill()
-            first = [m["step"] for m in read_metrics(out)]
-            done = subprocess.run([*command, "--resume"], timeout=PATIENCE, **told).returncode
-        steps = [m["step"] for m in read_metrics(out)]
-        if done or steps != [1, 2]:
-            raise RuntimeError(f"ended with {done} after steps {steps}; see {log}")
-        return {"steps before": first, "steps after": steps}
 
 
 def run_stage(name, selftest):

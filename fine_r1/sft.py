@@ -219,14 +219,14 @@ def passes(positions, stream, parts):
     """The conversations at these positions of a stream -> (this process's share of them as packed
     rows, one a pass; scored tokens of all; how many could not be read). Collective."""
     processes = parts.processes
-    share = -(-len(positions) // processes.world)
-    mine = stream.read(positions[processes.rank * share :][:share])
+    mine = stream.read(positions[processes.rank :: processes.world])
     sizes = [(p, len(c.prompt.ids) + len(c.tokens), c.scored.sum().item()) for p, c in mine.items()]
-    known = processes.gather(sizes)
+    known = sorted(processes.gather(sizes))
     # Every process needs equally many, so the first may come again; it counts only once.
     everyone, batches = known + known[:1] * (-len(known) % processes.world), []
     lengths = [length for _, length, _ in everyone]
-    for indices in my_batches(lengths, processes, parts.cfg.tokens_per_forward) if known else []:
+    budget, flat = parts.cfg.tokens_per_forward, parts.policy.flat
+    for indices in my_batches(lengths, processes, budget, flat) if known else []:
         chosen = []
         for i in indices:
             position = everyone[i][0]

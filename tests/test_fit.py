@@ -125,7 +125,16 @@ def test_a_run_that_does_not_fit_is_told_what_would():
 def test_training_asks_before_it_loads(folder, tmp_path, monkeypatch):
     """On CUDA, which is not here: the device's memory is given, the rest is as it runs."""
     monkeypatch.setattr(setup, "device_memory", lambda device: 1e6)
+    monkeypatch.setattr(setup, "which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     first = SimpleNamespace(device=torch.device("cuda"), world=2, first=True, gather=list)
+    with pytest.raises(
+        SystemExit, match="here, and a C compiler .gcc. and Python.h .python3-dev. is"
+    ):
+        setup.must_fit(folder, config(), first)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(setup, "which", lambda name: "/usr/bin/gcc")
     with pytest.raises(SystemExit, match="this does not fit: "):
         setup.must_fit(folder, config(), first)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))

@@ -52,19 +52,3 @@ def test_a_fork_adds_a_place_of_its_own_which_ends_no_run(tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert said.count("warning: --log json") == 2 and "(no network)\n" in said
     assert record.read_metrics(tmp_path) == LINES[:3]
-
-
-def test_tensorboard_reads_every_line_once_after_a_resume_too(tmp_path):
-    """A run that is killed after step 4 and goes on from its checkpoint of step 2."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for lines in (LINES[:4], LINES[2:]):
-        opened = logs.open_log(settings(tmp_path, "tensorboard"), first=True)
-        for line in lines:
-            record.log(tmp_path, line, opened)
-        opened.close()
-    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(read.Tags()["scalars"]) == {"reward", "phases/rollout"}
-    scalars = read.Scalars("phases/rollout")
-    assert [(e.step, e.value) for e in scalars] == [(s, 2.0 * s) for s in range(1, 6)]

@@ -1,6 +1,8 @@
 """How groups are shared out to passes. (What a pass computes is in test_model.py.)"""
 
-from plumbing.models.packing import batches_within
+from types import SimpleNamespace
+
+from plumbing.models.packing import batches_within, my_batches
 
 
 def test_batches_are_within_the_budget_and_as_many_as_asked_for():
@@ -14,3 +16,17 @@ def test_batches_are_within_the_budget_and_as_many_as_asked_for():
                 len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches
             )
     assert len(batches_within(lengths, 1000)) == 1 and len(batches_within(lengths, 1)) == 6
+
+
+def test_flat_passes_are_filled_by_what_they_hold():
+    """Padded to 60, two of these take 120 of 130 tokens; flat, four do."""
+    lengths = [60, 40, 20, 10, 10]
+    assert batches_within(lengths, 130) == [[0, 1], [2, 3, 4]]
+    assert batches_within(lengths, 130, flat=True) == [[0, 1, 2, 3], [4]]
+
+
+def test_a_process_trains_on_the_prompts_that_it_drew():
+    """Prompts are drawn in turn, position by position; their pictures are then there already."""
+    for rank in range(2):
+        mine = my_batches([5] * 8, SimpleNamespace(rank=rank, world=2), 10)
+        assert sorted(i for batch in mine for i in batch) == [*range(rank, 8, 2)]

@@ -1,13 +1,16 @@
 """The check that the sampler follows the trainer: what it finds, what it leaves alone, and that it
 changes nothing."""
 
+import contextlib
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import both_families
 
+import plumbing.run.sync
 import rollout
 from plumbing.run.sync import SYNC_TOLERANCE, check_sync, perturbed
 from rollout import TransformersSampler
@@ -77,3 +80,17 @@ def test_it_is_undone_to_the_last_bit_when_something_fails(policy):
         assert not any(torch.equal(x, before[n]) for n, x in values(policy).items())
         raise RuntimeError
     assert unchanged(before, policy)
+
+
+@pytest.mark.parametrize("before, perturbed, fine", [(0.1, 0.3, True), (0.1, 0.5, False)])
+def test_a_deep_model_that_rounds_is_no_alarm(policy, monkeypatch, before, perturbed, fine):
+    """0.3 nats are more than the tolerance, and three times what the weights as they are differ by.
+    What differs too much from the start is refused, whatever happens when it is perturbed."""
+    for gaps, passes in (([before, perturbed], fine), ([0.26, 0.1], False)):
+        left = [*gaps]
+        monkeypatch.setattr(plumbing.run.sync, "gap_after_sync", lambda *_, x=left: x.pop(0))
+        idle, limit = SimpleNamespace(sync=lambda policy: None), SYNC_TOLERANCE["bfloat16"]
+        with (
+            contextlib.nullcontext() if passes else pytest.raises(SystemExit, match="does not have")
+        ):
+            assert check_sync(idle, policy, [], [], limit) == perturbed

@@ -14,26 +14,6 @@ LOGS = {}
 place = partial(register, LOGS)
 
 
-@place("tensorboard")
-class TensorBoard:
-    """Event files in the run's own folder: tensorboard --logdir out"""
-
-    def __init__(self, cfg):
-        self.folder, self.writer = Path(cfg.out) / "tensorboard", None
-
-    def send(self, numbers, step):
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.writer is None:  # what a resumed run repeats is taken away from this step on
-            self.writer = SummaryWriter(self.folder, purge_step=step)
-        for name, number in numbers.items():
-            self.writer.add_scalar(name, number, step)
-        self.writer.flush()
-
-    def close(self):
-        """Every line is in its file already."""
-
-
 class Tracker:
     """A run of the project papo, called as the output folder; a resumed one is a run of its own."""
 

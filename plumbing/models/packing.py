@@ -123,35 +123,37 @@ def packed_length(prompt, group):
     return len(prompt.ids) + sum(map(len, group))
 
 
-def batches_within(lengths, budget, at_least=1):
+def batches_within(lengths, budget, at_least=1, flat=False):
     """Share groups of these packed lengths out to forward passes -> lists of their indices.
 
-    Each list holds at most `budget` tokens once it is padded to its longest, and long groups come
-    together. Never fewer than at_least lists, since all processes run the same number of passes,
-    and never an empty one.
+    Each list holds at most `budget` tokens, padded to its longest unless it is flat, and long
+    groups come together. Never fewer than at_least lists, since all processes run the same number
+    of passes, and never an empty one.
     """
-    batches = []
+    batches, taken = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+        taken += lengths[i if flat or not batches else batches[-1][0]]
+        if batches and taken <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])
+            taken = lengths[i]
     while len(batches) < at_least:
         batches.append([max(batches, key=len).pop()])
     return batches
 
 
-def my_batches(lengths, processes, budget):
+def my_batches(lengths, processes, budget, flat=False):
     """This process's share of an update's groups, as lists of indices, one list a forward pass.
 
     lengths: the packed lengths of all the update's groups; every process gets equally many groups,
-    in order, and runs as many passes as the one that needs most of them.
+    dealt out as the prompts were, whose pictures it then has, and runs as many passes as the one
+    that needs most of them.
     """
-    n = len(lengths) // processes.world
-    shares = [range(r * n, (r + 1) * n) for r in range(processes.world)]
-    passes = max(len(batches_within([lengths[i] for i in s], budget)) for s in shares)
+    shares = [range(r, len(lengths), processes.world) for r in range(processes.world)]
+    passes = max(len(batches_within([lengths[i] for i in s], budget, 1, flat)) for s in shares)
     mine = shares[processes.rank]
-    batches = batches_within([lengths[i] for i in mine], budget, passes)
+    batches = batches_within([lengths[i] for i in mine], budget, passes, flat)
     return [[mine[i] for i in batch] for batch in batches]
 
 

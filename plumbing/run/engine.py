@@ -62,9 +62,13 @@ class VLLMSampler(Sampler):
         self.llm.apply_model(score_as_the_trainer)
 
     def _settings(self, folder, cfg, world):
+        from vllm.engine.arg_utils import EngineArgs
+
         cuda = torch.cuda.is_available()
         sizes = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
-        return dict(
+        # Pixels come normalised (_input). Not every vLLM has the switch: 0.26 never does it again.
+        once = {"mm_device_do_normalize"} & set(vars(EngineArgs))
+        return dict.fromkeys(once, False) | dict(
             model=str(folder),
             dtype=cfg.dtype,
             seed=cfg.seed,
@@ -77,9 +81,9 @@ class VLLMSampler(Sampler):
             enable_chunked_prefill=None if cuda else False,  # the CPU build cannot rewind its draws
             disable_custom_all_reduce=True,  # it and expandable segments exclude each other
             max_num_batched_tokens=prefill_tokens(cfg, cuda),
+            max_num_seqs=512 if cuda else None,  # whose logits policy_logits makes copies of
             limit_mm_per_prompt={"video": 0},
             mm_processor_kwargs={"size": sizes},
-            mm_device_do_normalize=False,  # pixels come normalised (_input)
             mm_processor_cache_gb=0,  # pictures rarely come back, and these caches have leaked
             generation_config="vllm",  # no sampling defaults from the model's own folder
             disable_log_stats=True,

@@ -8,10 +8,13 @@ update they may be whole, 4 N (optimizer.whole_gradients); and the sampler holds
 no reference, and the frozen model takes 2 bytes a parameter over W.
 """
 
+import os
+import sysconfig
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 from masking import Masker
 from plumbing.base.common import fail
@@ -152,8 +155,12 @@ def model_folder(name):
 
 
 def must_fit(folder, cfg, processes):
-    """On GPUs, end with a sentence if this run does not fit on them. Collective."""
+    """On GPUs, end with a sentence if a run does not fit, or Triton cannot compile. Collective."""
     if processes.device.type == "cuda":
+        found = {"a C compiler (gcc)": os.environ.get("CC") or which("gcc") or which("clang")}
+        found["Python.h (python3-dev)"] = Path(sysconfig.get_path("include"), "Python.h").exists()
+        if lacks := [name for name, there in found.items() if not there]:
+            fail(f"kernels for the GPU are compiled here, and {' and '.join(lacks)} is missing")
         from plumbing.fit import verdict
         from plumbing.models.shapes import without_weights
 
