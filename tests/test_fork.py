@@ -169,3 +169,20 @@ def test_token_weights_come_from_the_policy_before_the_updates_and_need_a_pictur
     (known,) = with_token_weights([train.MicroBatch(rows, None, pictured, None)], fixed, parts)
     wanted = torch.tensor([[[torch.e - 2, torch.e**2 - 3, 1.0]], [[1.0, 1.0, 1.0]]])
     assert torch.allclose(known.weights, wanted)
+
+
+@pytest.mark.slow
+def test_the_toy_needs_neither_datasets_nor_an_engine_nor_what_draws(tmp_path):
+    """Where a GPU machine has torch and transformers and reaches no network. The page is missed in
+    one line, and a file of rows in one sentence."""
+    gone = 'import sys\nfor name in ("datasets", "matplotlib", "vllm"): sys.modules[name] = None\n'
+    (tmp_path / "sitecustomize.py").write_text(gone)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = command("train.py", *SMALL, "--steps", 1, "--out", tmp_path / "run", env=env)
+    assert done.returncode == 0 and "warning: report.html is not written" in done.stdout
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 0
+    assert "look at" not in done.stdout
+    (tmp_path / "rows.jsonl").write_text('{"problem": "how many ?", "answer": "3"}\n')
+    done = command("train.py", *SMALL, "--data", tmp_path / "rows.jsonl", env=env)
+    assert done.returncode == 1 and "datasets" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

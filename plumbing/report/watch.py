@@ -66,5 +66,5 @@ def show_run(out, summaries):
     record.write_page(out)
     if summaries:
         say("\n".join(aligned(changes(summaries))))
-    written = sorted(p for p in out.iterdir() if not p.name.startswith("."))
-    say(f"written: {', '.join(map(str, written))}; look at {out / 'report.html'}")
+    written = [str(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")]
+    say("; look at ".join([f"written: {', '.join(written)}", *(p for p in written if "html" in p)]))
