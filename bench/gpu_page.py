@@ -408,7 +408,7 @@ def throughput(stage):
     folder, vllm = stage.model("qwen3-vl-2b"), find_spec("vllm") is not None
     R, count, pixels = (24, 4, 28 * 28 * 16) if stage.rehearse else (512, 64, 32 * 32 * 256)
     how = dict(sampler="vllm" if vllm else "hf", beta=0.0, gpu_memory_utilization=0.3)
-    how |= dict(max_prompt_tokens=1024, max_response_tokens=R)
+    how |= dict(max_prompt_tokens=1024 - R, max_response_tokens=R)
     parts = prepared(stage, folder, pixels, 100, count, **how)
     for holder in (parts.policy, parts.sampler):  # no response ends early
         holder.banned[parts.processors[0].eos_token_id] = True
