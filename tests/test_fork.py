@@ -183,6 +183,7 @@ def test_the_toy_needs_neither_datasets_nor_an_engine_nor_what_draws(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 0
     assert "look at" not in done.stdout
     (tmp_path / "rows.jsonl").write_text('{"problem": "how many ?", "answer": "3"}\n')
-    done = command("train.py", *SMALL, "--data", tmp_path / "rows.jsonl", env=env)
+    asked = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "other"]
+    done = command("train.py", *SMALL, *asked, env=env)
     assert done.returncode == 1 and "datasets" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
