@@ -11,6 +11,7 @@ each other; every other one measures, and has the card for itself.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,14 +45,7 @@ from rollout import Group, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = 989e12  # operations a second of an H100 SXM in bfloat16, dense; NVIDIA's data sheet
-# {stage: seconds that it may take}, row by row, what matters most first.
-ROWS = [
-    dict(flat=150, resume=150, toy=150),
-    dict(card=90),
-    dict(full=240),
-    dict(engine=300),
-    dict(throughput=150),
-]
+SHARES = (0.16, 0.4)  # of it: what was seen, and what to compare with
 
 
 class Stage:
@@ -258,16 +252,17 @@ def operations(model, prompt, patches, G, response):
 def counted():
     """What training costs in a step of the paper's settings, by counting operations: 384 prompts of
     a picture of 1,024 tokens and 100 of text, G = 5, three updates -> lines of a table"""
-    lines = ["| model | mean response | PFLOP of scoring and training | GPU-seconds "]
-    lines[0] += "at 16 % of an H100 | at 40 % |"
-    lines.append("|---|---|---|---|---|")
+    seen, other = (f"at {100 * share:.0f} %" for share in SHARES)
+    heads = ["model", "mean response", "PFLOP of scoring and training"]
+    heads += [f"GPU-seconds {seen} of an H100", other]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in ("qwen2.5-vl-3b", "qwen2.5-vl-7b"):
         for response in (350, 700):
             once = 384 * operations(without_weights(name), 1124, 4096, 5, response)
             # Reference 1, masked 1, pi_old of the second and third update 2/3, updates 3.
             taken = (1 + 1 + 2 / 3 + 3) * once
             cells = [name, response, f"{taken / 1e15:.0f}"]
-            cells += [f"{taken / PEAK / share:.0f}" for share in (0.16, 0.4)]
+            cells += [f"{taken / PEAK / share:.0f}" for share in SHARES]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -356,11 +351,15 @@ def full(stage):
         return timed(stage, of, each, prompts, per)
 
     names = ["papo_g", "grpo", "papo_g, unshared", "papo_g, tower piece by piece"]
-    found = {name: [] for name in [*names, "papo_g, layers compiled"]}
+    found = {}
+
+    def measure(name):
+        found.setdefault(name, []).append(run(name))
+        stage.tell({f"{name}, s": [x["training"] for x in found[name]]})
+
     for r in range(3):  # of what is new, the first round compiles
         for name in names[r:] + names[:r]:
-            found[name].append(run(name))
-            stage.tell({f"{name}, s": [x["training"] for x in found[name]]})
+            measure(name)
     stage.tell({f"{name}, last": found[name][-1] for name in names})
     once = count * operations(model, P, patches, 5, R)
     seconds = statistics.median(x["training"] for x in found["papo_g"])
@@ -372,33 +371,22 @@ def full(stage):
             "share of the peak, update": 3 * once / found["papo_g"][-1]["update"] / PEAK,
         }
     )
-    acts = [torch.profiler.ProfilerActivity.CPU] + [
-        torch.profiler.ProfilerActivity.CUDA
-    ] * stage.cuda
-    with torch.profiler.profile(activities=acts) as profile:
+    with torch.profiler.profile() as profile:  # of all that is there, a device too
         run("papo_g")
-    table = profile.key_averages().table(
-        sort_by=f"self_{stage.device.type}_time_total", row_limit=30
-    )
+    order = f"self_{stage.device.type}_time_total"
+    table = profile.key_averages().table(sort_by=order, row_limit=30)
     (stage.out / "profile.txt").write_text(table, encoding="utf-8")
     for _ in range(3):
-        found["papo_g, layers compiled"].append(run("papo_g, layers compiled"))
-        stage.tell(
-            {"papo_g, compiled, s": [x["training"] for x in found["papo_g, layers compiled"]]}
-        )
+        measure("papo_g, compiled")
 
 
 def engine(stage):
     """bench/gpu_selftest.py, which starts an engine where vLLM is installed."""
-    command = [
-        sys.executable,
-        str(ROOT / "bench" / "gpu_selftest.py"),
-        "--out",
-        stage.work / "self",
-    ]
-    command += ["--minutes", "5"] + ["--rehearse"] * stage.rehearse
+    out = stage.work / "self"
+    command = [sys.executable, ROOT / "bench" / "gpu_selftest.py", "--out", out]
+    command += ["--minutes", "4.5"] + ["--rehearse"] * stage.rehearse  # less than this stage has
     subprocess.run(command, stdout=sys.stdout, stderr=subprocess.STDOUT)
-    for part in json.loads((stage.work / "self" / "selftest.json").read_text(encoding="utf-8")):
+    for part in json.loads((out / "selftest.json").read_text(encoding="utf-8")):
         part.pop("trace", None)
         stage.tell({part.pop("stage"): part})
 
@@ -426,7 +414,10 @@ def throughput(stage):
     stage.tell({f"responses of {len(drawn[1])} that are the same again": same})
 
 
-STAGES = [flat, resume, toy, card, full, engine, throughput]
+# {stage: seconds that it may take}, row by row, what matters most first.
+ROWS = [{flat: 150, resume: 150, toy: 150}, {card: 90}, {full: 240}, {engine: 300}]
+ROWS += [{throughput: 150}]
+STAGES = [stage for row in ROWS for stage in row]
 
 
 def run_stage(name, out, rehearse):
@@ -446,18 +437,19 @@ def run_stage(name, out, rehearse):
 def run_row(row, args, end):
     """Stages at a time, each in a process; -> when all have ended or are over their limits"""
     children = []
-    for name, limit in row.items():
+    for name, limit in row.items():  # each leads a group, with the programs that it starts
         command = [sys.executable, __file__, "--stage", name, "--out", args.out]
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
         with open(args.out / f"{name}.log", "w", encoding="utf-8") as log:
             told = dict(stdout=log, stderr=subprocess.STDOUT, env=environment)
+            told |= dict(start_new_session=True)
             run = subprocess.Popen(command + ["--rehearse"] * args.rehearse, **told)
         children.append((name, run, min(time.monotonic() + limit, end)))
     for name, run, until in children:
         try:
             run.wait(max(1, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            run.kill()
+            os.killpg(run.pid, signal.SIGKILL)
             run.wait()
         write_page(args.out)
         print(f"{name}: {run.returncode or 'done'}", flush=True)
@@ -527,6 +519,7 @@ def main():
     write_atomically(args.out / "about.json", json.dumps(about))
     end = time.monotonic() + 60 * args.minutes
     for row in ROWS:
+        row = {f.__name__: limit for f, limit in row.items()}
         row = {k: v for k, v in row.items() if k in args.only and k not in args.skip}
         if row and end - time.monotonic() > 15:
             run_row(row, args, end)

@@ -123,8 +123,7 @@ class SelfTest:
 
     def gap(self):
         """How far are sampler and trainer apart, on the weights as they are?"""
-        rollouts = self.sample()
-        return self.from_trainer(rollouts)
+        return self.from_trainer(self.sample())
 
     def from_trainer(self, rollouts):
         """How far the sampler's log-probs of these are from the trainer's."""

@@ -75,6 +75,7 @@ class Tapo(Config):
         return [part_of(group, part, second) for group in groups for part, second in parts]
 
     def check(self, world_size, cuda):
+        """As Config's, and what the parts of a group need."""
         super().check(world_size, cuda)
         own = {"low": 0, "high": self.group_size - 1}  # at least one is on the prompt's own picture
         check_bounds("second_rollouts", self.second_rollouts, own)
