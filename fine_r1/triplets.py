@@ -26,7 +26,7 @@ from PIL import Image
 from plumbing.base.common import Parser, fail, first_line, generator, may_write
 from plumbing.base.console import track
 from plumbing.data.pictures import original_bytes, rgb
-from plumbing.data.schemas import problem_of
+from plumbing.data.schemas import lettered, problem_of
 from plumbing.data.sources import COLUMNS, Rows, left_out, opened
 from plumbing.models.saliency import normalised
 
@@ -120,8 +120,7 @@ def with_options(problem, classes, *seeds):
     """The problem with these classes to choose from, in a random order. In the files released with
     Fine-R1 the truth is always the first: a policy that answers A looks like an expert."""
     order = torch.randperm(len(classes), generator=generator(*seeds)).tolist()
-    lines = [f"{letter}. {classes[i]}" for letter, i in zip(ascii_uppercase, order)]
-    return "\n".join([problem + ASK, *lines])
+    return "\n".join([problem + ASK, *lettered(classes[i] for i in order)])
 
 
 def new_columns(data, row, found, args):

@@ -30,6 +30,7 @@ import plumbing  # noqa: E402, F401  before torch: how its threads wait
 
 import torch  # noqa: E402
 
+import papo  # noqa: E402
 import train  # noqa: E402
 from plumbing.data.prompts import encode  # noqa: E402
 from plumbing.models.families import TOYS  # noqa: E402
@@ -142,3 +143,21 @@ def random_responses(prompts, tok, G=3, seed=0):
         for tokens in groups[-1][1::2]:
             tokens[-1] = tok.eos_token_id
     return groups
+
+
+def watch_a_step(parts, monkeypatch):
+    """A step -> (of each scored picture, is it a prompt's own? papo.terms_of's arguments; of the
+    first update, where pi_old has the sampler's weights, the (G,) gaps between the two)"""
+    own = [parts.stream[i].pixels for i in range(4)]
+    seen, heard, real, forward = [], [], papo.terms_of, parts.policy.forward
+
+    def watched(rows, pixels, *rest, **more):
+        if pixels is rows.pixels:
+            seen.append(any(torch.equal(pixels, one) for one in own))
+        return forward(rows, pixels, *rest, **more)
+
+    monkeypatch.setattr(parts.policy, "forward", watched)
+    monkeypatch.setattr(papo, "terms_of", lambda *x: heard.append(x) or real(*x))
+    train.train_step(parts, train.Progress())
+    first = [logprobs for logprobs, *_ in heard[: len(heard) // 2]]
+    return seen, heard, [(x.old - x.sampled).abs().amax(-1).flatten() for x in first]

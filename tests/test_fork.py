@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, metrics, one_run
+from conftest import ROOT, SMALL, command, metrics, one_run, watch_a_step
 
 import masking
 import papo
@@ -135,19 +135,7 @@ def test_on_which_picture_a_response_is_trained(kind, tmp_path, folder, monkeypa
     """On the prompt's own, pi_old included, unless the variant regroups: then each response's
     log-probs are the sampler's. All rewards of a group form one pool."""
     parts = one_run(tmp_path, folder, kind)
-    clean = [parts.stream[i].pixels for i in range(4)]
-    seen, heard, real, forward = [], [], papo.terms_of, parts.policy.forward
-
-    def watched(rows, pixels, *rest, **more):
-        if pixels is rows.pixels:
-            seen.append(any(torch.equal(pixels, one) for one in clean))
-        return forward(rows, pixels, *rest, **more)
-
-    monkeypatch.setattr(parts.policy, "forward", watched)
-    monkeypatch.setattr(papo, "terms_of", lambda *x: heard.append(x) or real(*x))
-    train.train_step(parts, train.Progress())
-    first = [logprobs for logprobs, *_ in heard[: len(heard) // 2]]  # pi_old is pi_theta
-    gaps = [(x.old - x.sampled).abs().amax(-1).flatten() for x in first]
+    seen, heard, gaps = watch_a_step(parts, monkeypatch)
     if kind is Noised:
         assert len(heard) == 4 and all(seen)
         assert all(gap[:2].max() < 1e-3 < gap[2:].max() for gap in gaps)

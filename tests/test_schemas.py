@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 from test_data import jsonl
 
-from plumbing.data import sources
+from plumbing.data import schemas, sources
 from plumbing.data.pictures import original_bytes, rgb, tokens_from_header
 from plumbing.data.prompts import encode, prompt_text
-from plumbing.data.schemas import answer_of, pictures_of, problem_of, question_of
 from plumbing.data.sources import COLUMNS, Rows
 
 
@@ -49,7 +48,7 @@ CHATS = [
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_a_chat_is_a_question_and_its_answer(chat):
-    assert question_of(chat) == ("<image> red ?", "3")
+    assert schemas.question_of(chat) == ("<image> red ?", "3")
 
 
 OTHER_CHATS = [
@@ -68,7 +67,7 @@ OTHER_CHATS = [
 @pytest.mark.parametrize("chat, why", OTHER_CHATS)
 def test_a_chat_of_another_shape_is_left_out(chat, why):
     with pytest.raises(ValueError, match=why):
-        question_of(chat)
+        schemas.question_of(chat)
 
 
 ANSWERS = [("3", None, "3"), (3, "int64", "3"), (True, "bool", "True"), (None, None, "")]
@@ -78,7 +77,7 @@ ANSWERS += [(float(np.float32(0.1)), "float32", "0.1"), (0.1, "float64", "0.1")]
 
 @pytest.mark.parametrize("value, dtype, text", ANSWERS)
 def test_answers_become_text(value, dtype, text):
-    assert answer_of(value, dtype) == text
+    assert schemas.answer_of(value, dtype) == text
 
 
 def test_answers_and_problems_that_are_none_are_left_out():
@@ -86,10 +85,10 @@ def test_answers_and_problems_that_are_none_are_left_out():
     none = [["3", "4"], [], {"label": "3"}, {}, float("nan"), float("inf"), b"3"]
     for value in [*none, datetime.datetime(2020, 1, 1)]:
         with pytest.raises(ValueError, match="the answer is"):
-            answer_of(value)
+            schemas.answer_of(value)
     for value in [None, 5, ["red ?"], {"text": "red ?"}, [], b"red ?"]:
         with pytest.raises(ValueError, match="the problem is no text"):
-            problem_of(value)
+            schemas.problem_of(value)
 
 
 def test_pictures_in_every_form_are_the_same_picture(tmp_path, processors):
@@ -101,13 +100,13 @@ def test_pictures_in_every_form_are_the_same_picture(tmp_path, processors):
     lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
     for form in [data, path, text, lines, other, f"data:image/bmp;base64,{text}", *dicts]:
         for value in (form, [form], [[form]]):
-            (picture,) = pictures_of(value)
+            (picture,) = schemas.pictures_of(value)
             assert original_bytes(picture) == data and rgb(picture).getpixel((0, 0)) == (255, 0, 0)
             assert tokens_from_header(picture, processors[1]) == 4
-    assert pictures_of(None) == pictures_of([]) == pictures_of("") == []
-    assert pictures_of([[data], [data, data]]) == [data] * 3
+    assert schemas.pictures_of(None) == schemas.pictures_of([]) == schemas.pictures_of("") == []
+    assert schemas.pictures_of([[data], [data, data]]) == [data] * 3
     with pytest.raises(ValueError, match="pictures are given as numbers"):
-        pictures_of([[[0, 255]]])
+        schemas.pictures_of([[[0, 255]]])
 
 
 def test_what_only_pretends_to_be_a_picture_costs_nothing(tmp_path, monkeypatch):
@@ -151,6 +150,41 @@ def test_the_layouts_of_other_programs(tmp_path, processors):
         rows, found = faults(tmp_path / "rows.jsonl", processors, columns)
         assert not found and (rows[0].problem, rows[0].answer) == ("<image> red ?", "3"), name
         assert len(encode(rows[0], *processors).pixels) == 16
+
+
+LETTERED = "\nAnswer with the letter of one option:\nA. 3\nB. 4"
+SETS = {  # as their own files have it: question, options, answer -> what is asked, and the answer
+    "geometry3k": ("<image>x ?", None, "3", "<image>x ?", "3"),
+    "mathvista": ("x ?", ["3", "4"], "4", f"<image>x ?{LETTERED}", "B"),
+    "we-math": ("x ?", "A. 3\nB. 4", "B", f"<image>x ?{LETTERED}", "B"),
+    "mathverse": ("x ?\nA:3\nB:4", ["3", "4"], "B", "<image>x ?\nA:3\nB:4", "B"),
+    "mmmu-pro": ("x <image 1> ?", "['3', '4']", "B", f"x <image> ?{LETTERED}", "B"),
+    "scienceqa": ("x ?", ["3", "4"], 1, f"<image>x ?{LETTERED}", "B"),
+}
+
+
+@pytest.mark.parametrize("question, options, answer, asked, said", SETS.values(), ids=SETS)
+def test_options_are_asked_with_letters(question, options, answer, asked, said, tmp_path):
+    row = {"question": question, "answer": answer, "image_1": "a.png", "choices": options}
+    rows = Rows(jsonl(tmp_path / "rows.jsonl", [row]), "train", ("question", "answer", "image"))
+    assert (rows[0].problem, rows[0].images, rows.texts()[0][1]) == (asked, ["a.png"], said)
+
+
+NO_OPTION = [(["3", "4"], "5"), (["B", "A"], "A"), ([0, 2, 1], 1), ({"A": "3"}, "A")]
+NO_OPTION += [("[1", "A"), ("[" * 9999, "A"), ([*range(100, 127)], "A")]
+
+
+@pytest.mark.parametrize("options, answer", NO_OPTION)
+def test_an_answer_that_is_not_one_option_is_left_out(options, answer):
+    with pytest.raises(ValueError, match="the answer '.*' is|the options are a"):
+        schemas.with_options("?", str(answer), schemas.options_of(options), answer)
+
+
+def test_pictures_are_shown_where_their_numbers_stand():
+    assert schemas.in_order("<image 2> <image 1>?", "ab") == ("<image> <image>?", ["b", "a"])
+    for text, pictures in (("<image 2>", "a"), ("<image 0>", "a"), ("<image 1>", "ab")):
+        with pytest.raises(ValueError, match="other pictures"):
+            schemas.in_order(text, pictures)
 
 
 @pytest.mark.parametrize("word", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>"])
@@ -217,13 +251,18 @@ def random_value(rng, depth=0):
 def test_rows_of_random_types_are_read_or_left_out(trials, tmp_path, processors, monkeypatch):
     """Only a ValueError leaves a row out; any other error would end a run."""
     monkeypatch.setitem(sources.SECOND, "other", ("counterpart",))
-    plain = [{"problem": "red ?", "answer": "3", "images": [], "counterpart": []}]
+    plain = [{"problem": "red ?", "answer": "3", "images": [], "counterpart": [], "options": []}]
     chat = [{"messages": [USER, SAID], "images": []}]
     sets = [Rows(jsonl(tmp_path / f"{len(row[0])}.jsonl", row), "train") for row in (plain, chat)]
     rng, read = random.Random(0), 0
     for trial in range(10 * trials):
-        row = {name: random_value(rng) for name in (*COLUMNS, "counterpart", "messages")}
-        row |= {"images": []} if trial % 2 else {"problem": "<image> red ?", "messages": [USER]}
+        names = "problem answer images counterpart messages options".split()
+        row = {name: random_value(rng) for name in names}
+        row |= (
+            {"images": [], "options": None}
+            if trial % 2
+            else {"problem": "<image> red ?", "messages": [USER]}
+        )
         for rows in sets:
             try:
                 example = rows.example(0, row)

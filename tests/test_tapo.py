@@ -11,12 +11,11 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, command, watch_a_step
 from PIL import Image
 from safetensors.torch import load_file
 from test_schemas import encoded
 
-import papo
 import train as module
 from fine_r1 import kinds
 from fine_r1.tapo import Tapo
@@ -135,19 +134,7 @@ def test_on_which_picture_a_response_is_trained(update_on, n1, n2, parts, monkey
     """Each response's log-probs are the sampler's where it is trained on the picture that it was
     sampled on, and others where it is not."""
     parts = replace(parts, cfg=replace(parts.cfg, update_on=update_on, second_rollouts=n2))
-    anchors = [parts.stream[i].pixels for i in range(4)]
-    seen, known, terms, forward = [], [], papo.terms_of, parts.policy.forward
-
-    def watched(rows, pixels, *rest, **more):
-        if pixels is rows.pixels:
-            seen.append(any(torch.equal(pixels, one) for one in anchors))
-        return forward(rows, pixels, *rest, **more)
-
-    monkeypatch.setattr(parts.policy, "forward", watched)
-    monkeypatch.setattr(papo, "terms_of", lambda *x: known.append(x[0]) or terms(*x))
-    module.train_step(parts, Progress())
-    first = known[: len(known) // 2]  # of the first update: pi_old has the sampler's weights
-    gaps = [(s.old - s.sampled).abs().amax(-1).flatten() for s in first]  # (G,) each
+    seen, known, gaps = watch_a_step(parts, monkeypatch)
     if update_on == "own":
         assert len(known) == 8 and sum(seen) == len(seen) // 2
         assert sorted(map(len, gaps)) == sorted([n1, n2] * 2)

@@ -4,7 +4,6 @@ and one real step, looked at from inside."""
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -267,27 +266,6 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         holder.kill()
     hold(tmp_path)  # whoever is gone holds nothing, however it went
     hold(tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_ends_bit_identical(finished, tmp_path):
-    """SIGKILL after the first step, while a checkpoint is being written, and after the third step;
-    --resume until it ends; the weights are those of no kill at all."""
-    out, rng = tmp_path / "killed", random.Random(0)
-    flags = [sys.executable, "train.py", "--out", out, *SMALL, *RUN, "--eval_every", 2]
-    for sign in ("checkpoint-1", ".making-*", "checkpoint-3", None):
-        resume = ["--resume"] if (out / "config.json").exists() else []
-        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        run = subprocess.Popen([*map(str, flags), *resume], cwd=ROOT, text=True, **streams)
-        if sign:
-            while run.poll() is None and not list(out.glob(sign)):
-                time.sleep(0.002)
-            time.sleep(rng.random() * (0.02 if "*" in sign else 0.3))
-            run.kill()
-        log = run.communicate()[0]
-        assert run.returncode in ((0, -signal.SIGKILL) if sign else (0,)), log[-3000:]
-    assert same_weights(out / "checkpoint-4", finished[0] / "checkpoint-4")
-    assert training(out) == training(finished[0])
 
 
 @pytest.mark.slow

@@ -65,10 +65,27 @@ def visual_token_ids(tok):
     return {f"{name.removesuffix('_pad')}_token_id": i for name, i in ids.items()}
 
 
+def family_settings(name):
+    """-> (model class, config class, text settings, vision settings): what a toy's family needs
+    beside what all toys share"""
+    import transformers as t
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if name == "toy":
+        text = {"rope_parameters": {**rope, "mrope_section": [4, 6, 6]}}
+        vision = dict(patch_size=14, window_size=GRID * CELL, fullatt_block_indexes=[1])
+        return t.Qwen2_5_VLForConditionalGeneration, t.Qwen2_5_VLConfig, text, vision
+    rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = dict(head_dim=32, rope_parameters=rope)
+    vision = dict(patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0])
+    return t.Qwen3VLForConditionalGeneration, t.Qwen3VLConfig, text, vision
+
+
 def new_policy(tok, name="toy", seed=0):
     """A tiny Qwen2.5-VL, or for toy-qwen3 a tiny Qwen3-VL, with random weights: under a million
     parameters."""
-    text = dict(
+    kind, config, own_text, own_vision = family_settings(name)
+    text = own_text | dict(
         vocab_size=len(tok),
         hidden_size=128,
         intermediate_size=256,
@@ -81,8 +98,8 @@ def new_policy(tok, name="toy", seed=0):
         pad_token_id=tok.pad_token_id,
         tie_word_embeddings=True,
     )
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128)
-    kind, config, text, vision = TOYS[name].tiny(text, vision, side=GRID * CELL)
+    vision = own_vision | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4)
+    vision |= dict(out_hidden_size=128)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)

@@ -55,11 +55,7 @@ class Pgpo(Config):
 
     algo: str = borrow("algo", default="pgpo")
     credit_threshold: float = knob(
-        0.4,
-        "tau: tokens below it are weakened, others boosted",
-        part="PGPO",
-        low=0,
-        high=1,
+        0.4, "tau: tokens below it are weakened, others boosted", part="PGPO", low=0, high=1
     )
     credit_boost: float = knob(2.0, "beta: how strongly", low=0)
 

@@ -20,9 +20,9 @@ from PIL import Image
 from plumbing.base.common import first_line, generator
 from plumbing.base.console import say, track
 from plumbing.data.pictures import rgb
+from plumbing.data.schemas import IMAGE
 from plumbing.models.families import IMAGE_TOKEN, encode_pictures, picture_tokens
 
-IMAGE = "<image>"
 # The chat template of a thinking model, such as Qwen3-VL-Thinking, ends with it.
 OPENED = re.compile(r"(<think>\s*)?$")
 

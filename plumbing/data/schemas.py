@@ -1,13 +1,20 @@
 """From a row, laid out as people lay rows out, to a problem, an answer and pictures. Whatever
 docs/data.md does not list is a ValueError, and the row is left out: nothing is guessed."""
 
+import ast
 import math
+import re
 from numbers import Number
+from string import ascii_uppercase
 
 import numpy as np
 
+IMAGE = "<image>"  # where a text shows a picture
 CHATS = ("messages", "conversations")  # columns that hold a question and its answer as turns
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # other words for the same
+OPTIONS = ("options", "choices", "option")  # columns of what a question gives to choose from
+CHOOSE = "Answer with the letter of one option:"
+NUMBERED = re.compile(r"<image (\d{1,2})>")
 
 
 def turns_of(chat):
@@ -32,7 +39,7 @@ def turns_of(chat):
 def part_text(part):
     """One part of a turn's content as text, with <image> where a picture is."""
     if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-        return "<image>"
+        return IMAGE
     text = part.get("text") if isinstance(part, dict) else part
     if not isinstance(text, str):
         raise ValueError("a turn of the chat holds something that is neither text nor a picture")
@@ -93,3 +100,49 @@ def pictures_of(value):
     if isinstance(value, int | float):
         raise ValueError("pictures are given as numbers; files, or what files hold, are needed")
     return [value] if value else []
+
+
+def lettered(options):
+    """[text] -> a line each, with its letter."""
+    return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, options)]
+
+
+def options_of(value):
+    """What a column of options holds -> [text] of a list, or of one written down as text; another
+    text as it is; [] for none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError("the options are a list that cannot be read") from error
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"the options are a {type(value).__name__}; a list or text is needed")
+    return value.strip() if isinstance(value, str) else [str(x).strip() for x in value or []]
+
+
+def with_options(problem, answer, options, place=None):
+    """A problem that shows its options, unless it does already, and its answer as the letter of one
+    of them. answer: that letter, or the option's text; place: or its index from 0. Raises
+    ValueError unless exactly one is meant. Options that are one text have their letters."""
+    if isinstance(options, str):
+        return problem if options in problem else f"{problem}\n{CHOOSE}\n{options}", answer
+    letters, said = dict(zip(ascii_uppercase, options)), answer.strip()
+    found = {a for k, a in enumerate(letters) if k == place or said in (a, f"({a})", letters[a])}
+    if len(found) != 1 or len(options) > len(letters):
+        which = " and ".join(sorted(found)) or "none"
+        raise ValueError(f"the answer {said!r} is {which} of {len(options)} options")
+    if not all(re.search(rf"{a}\W{{1,3}}{re.escape(t)}", problem) for a, t in letters.items()):
+        problem = "\n".join([problem, CHOOSE, *lettered(options)])
+    return problem, found.pop()
+
+
+def in_order(problem, pictures):
+    """<image 2> shows the second picture: -> the problem with <image>, and the pictures in the
+    order in which they are shown. Raises ValueError unless all are. Where nothing says where they
+    belong, they come first."""
+    order = [int(number) - 1 for number in NUMBERED.findall(problem)]
+    if not order and IMAGE not in problem:
+        return IMAGE * len(pictures) + problem, pictures
+    if order and {*order} != {*range(len(pictures))}:
+        raise ValueError(f"the text shows other pictures than its {len(pictures)} by number")
+    return NUMBERED.sub(IMAGE, problem), [pictures[i] for i in order] if order else pictures

@@ -16,9 +16,9 @@ from torch.utils.data import Subset
 
 from plumbing.base.common import fail, make_once, write_atomically
 from plumbing.base.console import doing, fetching, say, track
+from plumbing.data import schemas
 from plumbing.data.pictures import original_bytes, tokens_from_header
 from plumbing.data.prompts import IMAGE, Example, prompt_text, second_pictures
-from plumbing.data.schemas import CHATS, answer_of, pictures_of, problem_of, question_of
 
 VIRL39K, MMK12 = "PAPOGalaxy/PAPO_ViRL39K_train", "PAPOGalaxy/PAPO_MMK12_test"
 EVAL_HUB = "PAPOGalaxy/PAPO_eval"  # one split a set; its pictures are paths into one zip file a set
@@ -171,20 +171,21 @@ class Rows:
         self.name, self.columns, self.split = called or path.stem, columns, given or split
         self.root = Path(root) if root else path if path.is_dir() else path.parent
         self.instruction = instruction
-        self.chat = next((c for c in CHATS if c in rows.column_names), None)
-        there, needed = rows.column_names, columns[2:3] if self.chat else columns
-        if missing := ", ".join(sorted(set(needed) - set(there))):
+        self.chat = next((c for c in schemas.CHATS if c in rows.column_names), None)
+        there, images = rows.column_names, columns[2]
+        numbered = [c for c in (f"{images}_{k}" for k in range(1, 10)) if c in there]  # as MMMU's
+        self.pictures = {"images": numbered if numbered and images not in there else [images]}
+        needed = [*self.pictures["images"], *([] if self.chat else columns[:2])]
+        if missing := ", ".join(sorted({*needed} - {*there})):
             has = f"it has {', '.join(there)} (--columns says which is which)"
             fail(f"{name} has no column {missing}; {has}")
-        if unseen := {"options", "choices"}.intersection(there) - {*columns}:
-            say(f"warning: the column {min(unseen)} of {name} is not shown; a problem is one text")
-        self.pictures = {"images": columns[2]}  # and {name in Example.seconds: column}
+        self.options = next((c for c in schemas.OPTIONS if c in there and c not in columns), None)
         for second, known in SECOND.items():
             if found := [column for column in known if column in rows.column_names]:
-                self.pictures[second] = found[0]
+                self.pictures[second] = found[:1]
         # Decoded or not, a column is the same in Arrow. So only its feature is exchanged, where
         # `cast_column` would write lists, with every picture in them, to the disk again.
-        for column in self.pictures.values():
+        for column in sum(self.pictures.values(), []):
             rows.info.features[column] = undecoded(rows.features[column])
         self.rows = rows
         ids = [str(i) for i in rows["id"]] if "id" in rows.column_names else []
@@ -201,18 +202,22 @@ class Rows:
     def example(self, index, row):
         """A row of the file -> Example. Raises ValueError for one that cannot be read as one."""
         said = self.said(row)
-        columns = {name: pictures_of(row.get(c)) for name, c in self.pictures.items()}
-        pictures = {name: [self.locate(p) for p in found] for name, found in columns.items()}
+        values = {name: [row.get(c) for c in columns] for name, columns in self.pictures.items()}
+        pictures = {n: [self.locate(p) for p in schemas.pictures_of(v)] for n, v in values.items()}
+        said["problem"], images = schemas.in_order(said["problem"], pictures.pop("images"))
         name = f"{self.name}-{row['id'] if self.by_id else index}"
-        return Example(name, images=pictures.pop("images"), seconds=pictures, **said)
+        return Example(name, images=images, seconds=pictures, **said)
 
     def said(self, row):
         """What the row says, as fields of an Example."""
         if self.chat:
-            problem, answer = question_of(row[self.chat] or [])
+            problem, answer = schemas.question_of(row[self.chat] or [])
         else:
-            problem = problem_of(row[self.columns[0]])
-            answer = answer_of(row[self.columns[1]], *self.answers)
+            problem, value = schemas.problem_of(row[self.columns[0]]), row[self.columns[1]]
+            answer = schemas.answer_of(value, *self.answers)
+            if options := schemas.options_of(row.get(self.options)):
+                place = value if type(value) is int and not self.answers[1] else None
+                problem, answer = schemas.with_options(problem, answer, options, place)
         return {"problem": problem + self.instruction, "answer": answer}
 
     def written(self, example, tok):
@@ -226,10 +231,10 @@ class Rows:
     def texts(self):
         """(problem, answer) of every row; its pictures are not read. None for a row without."""
         found = []
-        for index, row in enumerate(self.rows.remove_columns([*self.pictures.values()])):
+        for row in self.rows.remove_columns(sum(self.pictures.values(), [])):
             try:
-                example = self.example(index, row)
-                found.append((example.problem, example.answer))
+                said = self.said(row)
+                found.append((said["problem"], said["answer"]))
             except ValueError:  # such a row is left out anyway
                 found.append(None)
         return found

@@ -154,20 +154,8 @@ class Family:
         self.tower(vlm).config._attn_implementation = name
 
 
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-
-
 class Qwen25VL(Family):
     toy = "toy"  # with patches of 14 pixels and CLIP's mean, which are the processor's defaults
-
-    def tiny(self, text, vision, side):
-        """-> (model class, config class, text settings, vision settings) of this family's toy, from
-        the settings that all toys share and the side of a toy's picture in pixels."""
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-        text = text | {"rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]}}
-        vision = vision | dict(patch_size=14, window_size=side, fullatt_block_indexes=[1])
-        return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, text, vision
 
 
 class Qwen3VL(Family):
@@ -177,19 +165,10 @@ class Qwen3VL(Family):
     def features(self, looked):
         return [*looked.pooler_output, *(x for level in looked.deepstack_features for x in level)]
 
-    def tiny(self, text, vision, side):
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-        rope = {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-        text = text | dict(head_dim=32, rope_parameters=rope)
-        vision = vision | dict(patch_size=16, num_position_embeddings=64)
-        vision |= dict(deepstack_visual_indexes=[0])
-        return Qwen3VLForConditionalGeneration, Qwen3VLConfig, text, vision
-
 
 # By the model_type that the folder's config.json names.
 FAMILIES = {"qwen2_5_vl": Qwen25VL(), "qwen3_vl": Qwen3VL()}
-# --model: the embedded policy, as a tiny model of each family.
+# --model: the embedded policy, as a tiny model of each family (toy/model.py).
 TOYS = {family.toy: family for family in FAMILIES.values() if family.toy}
 
 

@@ -64,8 +64,7 @@ class Config:
         part="What is trained, on what, and where it goes",
     )
     model: str = knob(
-        "",
-        "hub name, folder, toy or toy-qwen3; default: toy without CUDA, else Qwen2.5-VL-3B",
+        "", "hub name, folder, toy or toy-qwen3; default: toy without CUDA, else Qwen2.5-VL-3B"
     )
     data: str = knob(
         "",
@@ -77,8 +76,7 @@ class Config:
         "PAPO_MMK12_test for ViRL39K, else none",
     )
     columns: str = knob(
-        "problem,answer,images",
-        "of --data: problem (with <image>), answer, pictures",
+        "problem,answer,images", "of --data: problem (with <image>), answer, pictures"
     )
     out: str = knob("", "output folder; default: out/<model>-<algo>")
     seed: int = knob(1, "seed of every random draw")
@@ -147,9 +145,7 @@ class Config:
         ["kept", "fresh", "grad"],
     )
     loss_mean: str = knob(
-        "token",
-        "1/N over tokens, or a response's tokens, then responses",
-        ["token", "sequence"],
+        "token", "1/N over tokens, or a response's tokens, then responses", ["token", "sequence"]
     )
     reward: str = knob(
         "official",
@@ -263,10 +259,7 @@ class Config:
     )
 
     eval_every: int = knob(
-        5,
-        "steps between validations; 0: only before and after",
-        low=0,
-        part="Watching and saving",
+        5, "steps between validations; 0: only before and after", low=0, part="Watching and saving"
     )
     eval_questions: int = knob(200, "questions per split in a validation", above=0)
     eval_n: int = knob(8, "responses per question in the before/after table", above=0)
@@ -380,7 +373,7 @@ CARDS = {
         activation_checkpointing=True,
         sleep=2,
         gpu_memory_utilization=0.45,
-    ),
+    )
 }
 
 
@@ -502,41 +495,25 @@ def check_knobs(cfg, cuda):
     if cfg.columns.count(",") != 2:
         fail(f"--columns {cfg.columns}: name three, with commas between them")
     if cfg.min_pixels > cfg.max_pixels:
-        fail(
-            f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}: no picture "
-            "has a size between them"
-        )
+        fail(f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
 
 
 def check_training(cfg, world_size, cuda):
     """End with a sentence on what combines settings of train.py and cannot work."""
+    per_step, per_update, size = cfg.prompts_per_step, cfg.prompts_per_update, cfg.tensor_parallel
     if cfg.group_size < 2:
-        fail(
-            f"--group_size {cfg.group_size}: a group needs at least 2 responses, or no advantage "
-            "can be formed"
-        )
-    if cfg.prompts_per_step % cfg.prompts_per_update:
-        fail(
-            f"--prompts_per_step {cfg.prompts_per_step} is not a multiple of --prompts_per_update "
-            f"{cfg.prompts_per_update}; every update needs the same number of prompts"
-        )
-    if cfg.prompts_per_update % world_size:
-        fail(
-            f"--prompts_per_update {cfg.prompts_per_update} cannot be shared equally by "
-            f"{world_size} processes; use a multiple of {world_size}"
-        )
-    if world_size % cfg.tensor_parallel:
-        fail(
-            f"{world_size} processes cannot be shared out to engines of --tensor_parallel "
-            f"{cfg.tensor_parallel} each"
-        )
+        fail(f"--group_size {cfg.group_size}: an advantage needs at least 2 responses")
+    if per_step % per_update:
+        fail(f"--prompts_per_step {per_step} is no multiple of --prompts_per_update {per_update}")
+    if per_update % world_size:
+        shared = f"--prompts_per_update {per_update} cannot be shared equally by {world_size}"
+        fail(f"{shared} processes; use a multiple of {world_size}")
+    if world_size % size:
+        fail(f"{world_size} processes cannot be shared out to engines of --tensor_parallel {size}")
     if 0 < cfg.dual_clip <= 1:
         fail(f"--dual_clip {cfg.dual_clip}: must be greater than 1, or 0 for none")
     if cfg.perception == "exact" and cfg.masked_branch == "kept":
-        fail(
-            "--masked_branch kept: the whole distribution that --perception exact needs cannot be "
-            "kept from the rollout; give fresh or grad"
-        )
+        fail("--perception exact needs whole distributions: give --masked_branch fresh or grad")
 
 
 def check_masks_something(cfg):
@@ -595,7 +572,5 @@ def same_run(cfg, path):
         if k not in cfg.free_on_resume and before.get(k) != v
     ]
     if changed:
-        fail(
-            f"{path.parent} was run with other settings: {', '.join(changed)}; give the same "
-            "flags, or another --out"
-        )
+        then = f"{path.parent} was run with other settings: {', '.join(changed)}"
+        fail(f"{then}; give the same flags, or another --out")

@@ -23,13 +23,7 @@ from plumbing.base.logs import open_log
 from plumbing.base.optimizer import Optimizer
 from plumbing.base.processes import Processes, device_memory
 from plumbing.data.prompts import Stream, encode
-from plumbing.data.sources import (
-    load,
-    splits_of,
-    usable,
-    validation_split,
-    warn_of_shared_rows,
-)
+from plumbing.data.sources import load, splits_of, usable, validation_split, warn_of_shared_rows
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
 from plumbing.models.lora import count
@@ -145,8 +139,9 @@ def open_data(cfg):
     for them"""
     asked = FORMS[cfg.reward].instruction
     examples = load(cfg.data, "train", 1_000_000, cfg.seed, cfg, asked)
-    splits = validation_splits(cfg.val_data)
-    return examples, {s: load(cfg.val_data, s, cfg.eval_questions, 0, cfg, asked) for s in splits}
+    val = cfg.val_data  # all its splits that a run reads
+    splits = dict.fromkeys([validation_split(val), *splits_of(val)]) if val else {}
+    return examples, {s: load(val, s, cfg.eval_questions, 0, cfg, asked) for s in splits}
 
 
 def model_folder(name):
@@ -170,11 +165,6 @@ def must_fit(folder, cfg, processes):
         (short,) = processes.gather(asked)
         if short:
             fail(short)
-
-
-def validation_splits(val_data):
-    """All splits of --val_data that a run reads; none without it."""
-    return dict.fromkeys([validation_split(val_data), *splits_of(val_data)]) if val_data else []
 
 
 def check_sampler(parts, say, questions=4):
