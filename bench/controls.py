@@ -23,6 +23,7 @@ import loss
 import papo
 import train
 from plumbing.data.sources import DATA_SETS
+from plumbing.run import hooks
 from plumbing.run.config import Config, borrow, knob
 from reward import rule
 from toy.task import ToyData
@@ -162,16 +163,17 @@ class Control(Config):
 
 
 @dataclass
-class ByChance(Control, Vppo):
-    """VPPO with its tokens and responses chosen at random: its paper's own control."""
+class OtherCredit(Control, Vppo):
+    """VPPO with its tokens and responses chosen by something else: its paper's own controls."""
 
-    def token_weights(self, kl, counted, gather):
-        return super().token_weights(
-            [torch.rand(x.shape, generator=DRAW) for x in kl], counted, gather
-        )
 
+CREDIT = {
+    "--by_chance": lambda logp, *_: (torch.rand(logp.shape, generator=DRAW), None),
+    "--by_entropy": lambda logp, *_: (-logp, None),  # of the sampled token, an estimate of it
+}
 
 if __name__ == "__main__":
-    by_chance = "--by_chance" in sys.argv
-    sys.argv = [word for word in sys.argv if word != "--by_chance"]
-    train.main(ByChance if by_chance else Control)
+    by = [CREDIT[word] for word in sys.argv if word in CREDIT]
+    sys.argv = [word for word in sys.argv if word not in CREDIT]
+    hooks.k3 = by[0] if by else hooks.k3
+    train.main(OtherCredit if by else Control)

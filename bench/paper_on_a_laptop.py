@@ -6,7 +6,8 @@ one budget, rules written before the runs.
 
 A run is train.py, or another program here, on one thread, two at a time. Call it again after an
 interruption: what the results hold is not repeated, a run that was stopped goes on, and the page
-says what is missing. All runs come from one commit, so later ones need a checkout of it:
+says what is missing. All runs come from one commit, so the missing ones need a checkout of it; only
+what was thought of later comes from another, which those runs name:
 
     git worktree add out/fight-tree COMMIT && cd out/fight-tree
     python bench/paper_on_a_laptop.py --out ../../results
@@ -23,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from fight import METHODS, RECIPES, Pair, candidates, chosen, parts, pulls, recipe, starts_of
+from fight import METHODS, RECIPES, Pair, candidates, chosen, parts, pulls, starts_of
 from matplotlib.figure import Figure
 from runs import ROOT, SIGNALS, SPLITS, Runs
 
@@ -74,15 +75,20 @@ def verdict(points, p, at_least=0.0):
     return "confirmed" if sure and above else "contradicted" if sure and below else "not confirmed"
 
 
+def by_seed(runs, part, pair):
+    """b - a of each seed, of the starts that are done: {start: [points]}"""
+    found = {}
+    for start in filter(lambda s: s.startswith(pair.only), part.starts):
+        jobs = [[(start, part.arms[x], n) for x in (pair.b, pair.a)] for n in part.seeds]
+        if all(j in runs.done for js in jobs for j in js):
+            ends = [[runs.value(*j, pair.split) for j in js] for js in jobs]
+            found[start] = [b - a for b, a in ends]
+    return found
+
+
 def differences(runs, part, pair):
     """b - a of the starts that are done, one a warm start, its seeds averaged; {start: points}"""
-    found = {}
-    for start in part.starts:
-        jobs = [[(start, part.arms[x], n) for n in part.seeds] for x in (pair.b, pair.a)]
-        if start.startswith(pair.only) and all(j in runs.done for js in jobs for j in js):
-            b, a = ([runs.value(*j, pair.split) for j in js] for js in jobs)
-            found[start] = statistics.mean(b) - statistics.mean(a)
-    return found
+    return {s: statistics.mean(points) for s, points in by_seed(runs, part, pair).items()}
 
 
 def judged(runs):
@@ -109,19 +115,16 @@ def judged(runs):
     return cells
 
 
-def components(runs, part, pair):
-    """Standard deviation of b - a between warm starts and between seeds of one -> (points, points);
-    part: with all seeds. Expected mean squares of a balanced one-way layout."""
-    rows = []
-    for start in part.starts:
-        pairs = [[(start, part.arms[x], n) for x in (pair.b, pair.a)] for n in (1, *part.seeds)]
-        if all(j in runs.done for js in pairs for j in js):
-            rows.append([runs.value(*b, pair.split) - runs.value(*a, pair.split) for b, a in pairs])
-    if len(rows) < 2:
-        return math.nan, math.nan
-    within = statistics.mean(map(statistics.variance, rows))
-    between = statistics.variance(map(statistics.mean, rows)) - within / len(rows[0])
-    return max(0.0, between) ** 0.5, within**0.5
+def components(found):
+    """{start: points of each seed} -> standard deviations between warm starts, between seeds, and
+    of what neither explains. A seed asks every start the same questions in the same order, so the
+    two are crossed: expected mean squares of a two-way layout with one run a cell."""
+    x = np.array(list(found.values()))
+    starts, seeds = x.shape
+    left = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+    rest = (left**2).sum() / ((starts - 1) * (seeds - 1))
+    both = x.mean(1).var(ddof=1) - rest / seeds, x.mean(0).var(ddof=1) - rest / starts
+    return [max(0.0, v) ** 0.5 for v in (*both, rest)]
 
 
 def phases(runs):
@@ -258,11 +261,8 @@ def phase_table(found):
 def phase_figure(found):
     """PAPO_G's and the blind weights' gain over GRPO on vision, a panel for each h."""
     hs = sorted({h for *_, h in found})
-    wide = len(hs) == 1  # then the two stand side by side
-    size = (7.2, 3) if wide else (2.6 * len(hs) + 1.2, 5)
-    picture = Figure(size, layout="constrained")
-    axes = picture.subplots(1 if wide else 2, 2 if wide else len(hs), squeeze=False)
-    axes = axes.reshape(2, len(hs))
+    picture = Figure((2.6 * len(hs) + 1.2, 5), layout="constrained")
+    axes = picture.subplots(2, len(hs), squeeze=False)
     coupled, trusts = (sorted({r[i] for r in RECIPES}) for i in (0, 1))
     for (row, name), (column, h) in product(enumerate(("PAPO_G", "blind weights")), enumerate(hs)):
         axis, gains = axes[row, column], np.full((3, 3), np.nan)
@@ -278,26 +278,6 @@ def phase_figure(found):
         axis.set_title(f"{name}, hints right {100 * h:.0f} %", fontsize=9)
         axis.set(xlabel="trusts hints", ylabel="coupled" * (not column))
     picture.colorbar(image, ax=axes, label="points of vision above GRPO")
-    return picture
-
-
-def headline_figure(part, runs):
-    """Every warm start's three ends on vision and general, a panel for each coupling."""
-    picture = Figure((9, 5), layout="constrained")
-    axes = picture.subplots(2, 3, sharey="row")
-    for column, group in enumerate(("c1.0", "c0.5", "c0.0")):
-        for row, split in enumerate(SPLITS[:2]):
-            axis = axes[row, column]
-            for start in (s for s in part.starts if s.startswith(group)):
-                jobs = [(start, c, 1) for c in part.arms.values()]
-                if all(j in runs.done for j in jobs):
-                    ends = [runs.value(*j, split) for j in jobs]
-                    colour = f"C{sorted({t for _, t in RECIPES}).index(recipe(start)[1])}"
-                    axis.plot(range(len(ends)), ends, "o-", color=colour, alpha=0.6, ms=4)
-            axis.set_xticks(range(len(part.arms)), part.arms, fontsize=8)
-            axis.set(ylim=(0, 100), ylabel=f"{split}, %" * (not column))
-            axis.set_title(f"coupled {100 * float(group[1:]):.0f} %" * (not row), fontsize=9)
-            axis.grid(alpha=0.3)
     return picture
 
 
@@ -323,13 +303,21 @@ def headline_tables(part, runs):
     return ["", *recipe_table(part, runs), "", *family_table(part, runs)]
 
 
-def spread_line(part, runs):
-    """How much of the difference is the start's, and how much the seed's."""
-    between, within = components(runs, part, Pair("papo_g", "grpo"))
-    said = (
-        "Standard deviation of papo_g - grpo on vision: between warm starts of these two recipes "
-    )
-    return ["", f"{said}{between:.1f}, between seeds of one {within:.1f} points."]
+def seed_lines(part, runs):
+    """How much of the difference is the start's, and how much the seed's, with seeds as units."""
+    if len(found := by_seed(runs, part, Pair("papo_g", "grpo"))) < 2:
+        return []
+    said = "Standard deviation of papo_g - grpo on vision: between warm starts {:.1f}, between "
+    said += "seeds {:.1f}, of what neither explains {:.1f} points. Below, seeds are the units."
+    rows = [*found.items(), ("mean", list(map(statistics.mean, zip(*found.values()))))]
+    lines = ["", said.format(*components(found)), ""]
+    cells = []
+    for name, points in rows if len(found) < ENOUGH else rows[-1:]:
+        centre, half = interval(points)
+        each = " ".join(f"{x:+.0f}" for x in points)
+        span = f"{centre:+.1f} ({centre - half:+.1f} .. {centre + half:+.1f})"
+        cells.append([name, span, f"{sign_flip(points):.2g}", each])
+    return [*lines, *markdown(["start", "mean and 95 % interval", "p", "each seed"], cells)]
 
 
 def blind_lines(part, runs):
@@ -358,7 +346,8 @@ def worst_lines(part, runs):
 
 ADDED = {
     "The headline": headline_tables,
-    "The headline, more seeds": spread_line,
+    "The headline, three seeds": seed_lines,
+    "The headline, ten seeds": seed_lines,
     "Trained blind": blind_lines,
     "Collapse": worst_lines,
     "Is it held at any gamma?": worst_lines,
@@ -375,8 +364,6 @@ def page(runs, folder, draw=True):
             says = " ".join(part.says.split()).rstrip(".")
             sections += ["", f"## {part.title}", "", f"{says}.", "", *table]
             sections += ADDED.get(part.title, lambda *_: [])(part, runs)
-        if part.title == "The headline" and len(table) > 2:
-            pictures["headline"] = headline_figure, (part, runs)
         if part.title == "Collapse" and len(table) > 2:
             shown = ["gamma 2", "gamma 2, beta 0.5", "gamma 2, beta 2 gamma"]
             pictures["collapse"] = curves, (part, runs, shown, SIGNALS[2:] + SIGNALS[:1])
@@ -394,7 +381,8 @@ def page(runs, folder, draw=True):
     heads = ["method", "chosen", *(f"candidate {i}" for i in range(1, 5))]
     done = len(wanted & set(runs.done))
     said = (
-        f"{done} of {len(wanted)} runs of the parts below are there, all of commit {runs.commit}."
+        f"{done} of {len(wanted)} runs of the parts below are there, all of commit {runs.commit} "
+        "but those of parts that were thought of later."
     )
     runs.claims = judged(runs)
     claims = markdown(HEADS.split(", "), runs.claims)

@@ -64,14 +64,15 @@ class Runs:
 
     def train(self, file):
         """What is missing of the parts, two runs at a time, into the file."""
-        here = subprocess.run(
-            ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
+        asked = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+        here = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
         self.commit = self.commit or here
-        if here.endswith("-dirty") or here != self.commit:
-            fail(f"the runs are those of commit {self.commit}, and this tree is {here}; see --help")
+        known = {self.commit, *(run.get("commit", self.commit) for run in self.done.values())}
+        if here.endswith("-dirty") or len({here, *known}) > 2:
+            fail(f"the runs are those of {', '.join(known)}, and this tree is {here}; see --help")
         self.make_starts()
-        while missing := [j for p in parts(self) for j in p.jobs() if j not in self.done]:
+        own = lambda: [p for p in parts(self) if p.later == (here != self.commit)]
+        while missing := [j for p in own() for j in p.jobs() if j not in self.done]:
             missing, children = list(dict.fromkeys(missing)), {}
             with Bar("training", len(missing), "runs") as bar:
                 while missing or children:
@@ -82,7 +83,7 @@ class Runs:
                     job = children.pop(child)
                     if not is_finished(self.path(*job)):
                         fail(f"{self.path(*job)} ended with {status}; see its .log")
-                    self.done[job] = self.read(*job)
+                    self.done[job] = self.read(*job, here)
                     self.save(file)
                     bar.update()
 
@@ -91,30 +92,28 @@ class Runs:
         from toy.lessons import TRUSTING, build_all
 
         for start in (*ALL, *CHOOSING):
-            coupled, trusts, seed = recipe(start)
-            same = [s for s in (*ALL, *CHOOSING) if recipe(s)[2] == seed]
+            same = {s: recipe(s) for s in (*ALL, *CHOOSING) if recipe(s)[2] == recipe(start)[2]}
             teachers = {
-                self.folder / "warm" / s: TRUSTING._replace(
-                    coupled=recipe(s)[0], trusts=recipe(s)[1]
-                )
-                for s in same
+                self.folder / "warm" / s: TRUSTING._replace(coupled=coupled, trusts=trusts)
+                for s, (coupled, trusts, _) in same.items()
             }
             if not all(folder.exists() for folder in teachers):
-                in_child(build_all, teachers, seed=seed)
+                in_child(build_all, teachers, seed=recipe(start)[2])
             if start not in self.starts:
                 out = self.folder / "warm" / f"{start}.json"
                 if not out.exists():
                     in_child(measure, self.folder / "warm" / start, out)
                 self.starts[start] = json.loads(out.read_text())
 
-    def read(self, start, command, seed):
-        """What a run left, as it goes into the results."""
+    def read(self, start, command, seed, commit):
+        """What a run of this commit left, as it goes into the results."""
         out = self.path(start, command, seed)
         about = json.loads((out / "config.json").read_text())
-        if about["commit"] != self.commit:
-            fail(f"{out} is a run of commit {about['commit']}, not {self.commit}")
+        if about["commit"] != commit:
+            fail(f"{out} is a run of commit {about['commit']}, not {commit}")
         evaluation, metrics = json.loads((out / "evaluation.json").read_text()), read_metrics(out)
         run = {"start": start, "command": command, "seed": seed}
+        run |= {"commit": commit} if commit != self.commit else {}
         run["seconds"] = round(sum(m["seconds"] for m in metrics))
         for when in ("before", "after"):
             kept = {s: evaluation[when][s] for s in SPLITS}
