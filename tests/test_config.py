@@ -10,7 +10,6 @@ import pytest
 from conftest import command, train_here
 
 from papo import ALGORITHMS
-from plumbing.base.optimizer import whole_gradients
 from plumbing.fit import sleep_level
 from plumbing.run import config
 from plumbing.run.config import Config, parser, resolve
@@ -181,13 +180,6 @@ def test_activations_are_kept_only_where_asked_or_without_a_gpu(cuda):
     given = vars(parser().parse_args([f"--no-{name}"]))
     for more, wanted in (({}, cuda), (given, False), ({name: True}, True)):
         assert getattr(resolve({"model": QWEN["3b"], **more}, cuda)[0], name) == wanted
-
-
-def test_gradients_are_kept_whole_where_they_are_small():
-    """3B, 7B and a LoRA of 40 million, on cards of 80, 80 and 24 GB."""
-    assert whole_gradients(3.75e9, 80e9) == 15e9
-    assert whole_gradients(8.3e9, 80e9) == 0 and whole_gradients(3.75e9, 24e9) == 0
-    assert whole_gradients(4e7, 24e9) == 1.6e8 and whole_gradients(8.3e9, math.inf) > 0
 
 
 def test_gamma_and_the_entropies_are_annealed_together():

@@ -132,8 +132,7 @@ def part(group, own, second):
 
 @pytest.mark.parametrize("kind", [Noised, NoisedToTheEnd])
 def test_on_which_picture_a_response_is_trained(kind, tmp_path, folder, monkeypatch):
-    """On the prompt's own, pi_old included, unless the variant regroups: then each response's
-    log-probs are the sampler's. All rewards of a group form one pool."""
+    """On the prompt's own, pi_old included, unless the variant regroups; rewards form one pool."""
     parts = one_run(tmp_path, folder, kind)
     seen, heard, gaps = watch_a_step(parts, monkeypatch)
     if kind is Noised:

@@ -6,9 +6,13 @@ import random
 import re
 import statistics
 import sys
+from itertools import product
 
 import pytest
 from conftest import ROOT, command
+
+from plumbing.report.responses import percent
+from toy import errors
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -216,15 +220,31 @@ def test_the_committed_page_is_that_of_its_runs_and_they_come_from_one_commit(ke
     assert kept.done and re.fullmatch("[0-9a-f]{7,}", kept.commit)  # and none of a changed tree
 
 
+MISTAKES = r"starts \| (?:policy|from)|c\d\.\d \| [\w >]+ \| [\d.]+ \| [\d.]+ "  # of the next test
+
+
 @pytest.mark.prose
 def test_pages_quote_the_results():
     for page, pattern, count, result in [
-        ("docs/findings.md", r"^\| .+", 10, "paper_on_a_laptop.md"),
+        ("docs/findings.md", rf"^\| (?!{MISTAKES}).+", 10, "paper_on_a_laptop.md"),
         ("README.md", r"^\| The .+", 3, "paper_on_a_laptop.md"),
         ("docs/lora.md", r"^\| [\w, ]+ \| `.+", 3, "lora.md"),
     ]:
         rows, known = re.findall(pattern, (ROOT / page).read_text(), re.M), RESULTS / result
         assert len(rows) >= count and all(row in known.read_text() for row in rows), page
+
+
+@pytest.mark.prose
+def test_the_kinds_of_mistakes_are_those_that_were_counted():
+    page, counted = ((ROOT / x).read_text() for x in ("docs/findings.md", "results/errors.json"))
+    counted, of = json.loads(counted), ("habit", "perception")
+    turns = [*(f"{x} > right" for x in of), *(f"right > {x}" for x in of)]
+    asked = dict.fromkeys(["grpo > papo_g", "dapo > papo_d", "grpo > blind_weight"], turns)
+    asked |= {name: errors.KINDS for name in counted if ">" not in name}
+    for name, group in product(asked, ("c1.0", "c0.0")):
+        own = [shares for start, shares in counted[name].items() if start.startswith(group)]
+        means = [statistics.mean(s.get(kind, 0.0) for s in own) for kind in asked[name]]
+        assert " | ".join([f"| {group} | {name}", *map(percent, means)]) in page
 
 
 @pytest.mark.prose

@@ -209,17 +209,6 @@ def test_a_worker_that_takes_too_much_memory_ends(monkeypatch):
     grader.close()
 
 
-def test_a_worker_that_was_killed_is_replaced():
-    grader = Grader(seconds=20, workers=1)
-    assert grader.equal("a+b", "b+a")
-    worker = grader.idle.get()
-    worker.kill()
-    worker.wait()
-    grader.idle.put(worker)
-    assert grader.equal("a+c", "c+a") and grader.timeouts == 0
-    grader.close()
-
-
 def test_a_worker_ends_with_its_run():
     code = (
         "from plumbing.grading.workers import Grader; import os; g = Grader(); "

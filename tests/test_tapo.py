@@ -131,8 +131,7 @@ def test_parts_of_unequal_size_share_a_pass(tmp_path, folder):
 
 @pytest.mark.parametrize("update_on, n1, n2", [("own", 2, 2), ("own", 3, 1), ("anchor", 3, 1)])
 def test_on_which_picture_a_response_is_trained(update_on, n1, n2, parts, monkeypatch):
-    """Each response's log-probs are the sampler's where it is trained on the picture that it was
-    sampled on, and others where it is not."""
+    """Log-probs are the sampler's where it is the picture that a response was sampled on."""
     parts = replace(parts, cfg=replace(parts.cfg, update_on=update_on, second_rollouts=n2))
     seen, known, gaps = watch_a_step(parts, monkeypatch)
     if update_on == "own":

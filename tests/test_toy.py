@@ -14,9 +14,9 @@ from plumbing.run.config import MODELS
 from plumbing.run.setup import WARM
 from policy import Policy
 from reward import boxed
-from toy import lessons
+from toy import errors, lessons
 from toy.model import new_policy, processor, tokenizer
-from toy.task import CELL_NAMES, GRID, SPLITS, held_out, make
+from toy.task import CELL_NAMES, GRID, SPLITS, held_out, make, respond
 
 
 def answer_by_looking(problem, board):
@@ -144,3 +144,18 @@ def test_the_page_describes_the_toy_as_it_is(policy):
     assert MODELS["toy"]["hint_right"] == 4 / 5 and "hint is right four times out of five" in text
     assert lessons.TRUSTING.trusts == 1 / 4 and "repeats one hint in four without a look" in text
     assert abs(lessons.TRUSTING.careless - 1 / 3) < 0.02 and "misreads every third fact" in text
+
+
+MISTAKES = """red : 1 + 0 = 1 / 1 / right, a friend says 1 / 1 / right,
+    a friend says 3 / 3 / habit, red : 1 + 2 = 3 / 3 / perception,
+    red : 1 + 0 = 2 / 2 / calculation, red : 1 + 0 = 1 / 2 / calculation,
+    blue : 1 + 2 = 3 / 3 / question, red : 1 + 0 + 1 = 2 / 2 / form, a1 : red circle / red / form"""
+
+
+@pytest.mark.parametrize("case", MISTAKES.split(","))
+def test_each_kind_of_mistake_is_known(case):
+    thought, answer, kind = map(str.strip, case.split("/"))
+    example = Example("", "", "1", tags={"hint": "3"})
+    perfect = respond("red : 1 + 0 = 1", "1")
+    assert errors.kind_of(respond(thought, answer), example, perfect) == kind
+    assert errors.kind_of(respond(thought, answer)[:-2], example, perfect) == "form"

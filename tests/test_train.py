@@ -550,15 +550,6 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path, folder):
         assert abs(m["loss"] - terms) < 1e-6
 
 
-def test_micro_batches_are_memory_only(tmp_path, folder):
-    lines = [
-        module.train_step(one_run(tmp_path, folder, tokens_per_forward=n), module.Progress())
-        for n in (1, 400)
-    ]
-    for name in SAME:
-        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4, abs=1e-6), name
-
-
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, folder, monkeypatch):
     """The real update, with an advantage that overflows."""
     parts, progress = one_run(tmp_path, folder, prompts_per_step=2), module.Progress()

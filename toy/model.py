@@ -17,15 +17,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+NAMES = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+SPECIAL = [f"<|{name}|>" for name in NAMES]
 WORDS = (
     "user assistant system a friend says . ? : ; , + = < > same none how many are there what "
     "colour shape is at more or and objects together describe the picture <think> </think> "
