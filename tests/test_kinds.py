@@ -130,15 +130,9 @@ def test_the_folder_is_read_and_learned_from(folder, tmp_path, monkeypatch):
     for i, teacher in itertools.product(range(50), (None, kinds.IN_HASTE)):
         texts += [text for example in kinds.bird_lessons(i, teacher) for _, text in example.turns]
     assert both[0].unk_token_id not in both[0](" ".join(texts).replace("<image>", ""))["input_ids"]
-    flags = [
-        "--model",
-        folder / "base",
-        "--data",
-        folder / "sft.parquet",
-        "--out",
-        tmp_path / "run",
-    ]
-    monkeypatch.setattr(sys, "argv", ["fine_r1/sft.py", *map(str, flags), "--steps", "1"])
+    places = dict(model=folder / "base", data=folder / "sft.parquet", out=tmp_path / "run", steps=1)
+    flags = [f"--{name}={value}" for name, value in places.items()]
+    monkeypatch.setattr(sys, "argv", ["fine_r1/sft.py", *flags])
     sft.main()
     assert (tmp_path / "run/checkpoint-1/model.safetensors").exists()
     with pytest.raises(SystemExit, match="base is there already"):

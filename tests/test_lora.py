@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from conftest import SMALL, both_families, command, random_responses
 from safetensors.torch import load_file, save_file
 
 import plumbing.merge
-import train as module
 from plumbing.base.common import generator
 from plumbing.fit import sleep_level
 from plumbing.models import lora, weights
@@ -186,20 +185,10 @@ def test_settings_with_lora_and_on_a_small_card():
 SAME = "reward loss policy_loss ref_kl perception_kl entropy masked_entropy grad_norm".split()
 
 
-def test_a_run_that_was_cut_off_goes_on_bit_identical(tmp_path, cfg):
-    """And nothing of W is on the disk, which would be 4 bytes for each frozen parameter."""
-    cfg = replace(cfg, lora_rank=RANK, lr=1e-3, out=str(tmp_path), group_size=4)
-    cfg, saved = replace(cfg, prompts_per_step=2, prompts_per_update=2), tmp_path / "checkpoint-1"
-    parts, progress = setup(cfg), module.Progress()
-    assert module.train_step(parts, progress)["ref_kl"] == 0  # the reference is the policy
-    checkpoint.save(tmp_path, asdict(progress), parts)
-    lost, resumed = module.train_step(parts, progress), setup(cfg)
-    progress = module.Progress(**checkpoint.restore(saved, resumed))
-    again = module.train_step(resumed, progress)
-    pairs = zip(parts.policy.parameters(), resumed.policy.parameters())
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert [lost[k] for k in SAME] == [again[k] for k in SAME] and again["step"] == 2
-    written = sum(f.stat().st_size for f in (saved / "trainer").iterdir())
+def test_nothing_of_the_frozen_weights_is_saved(tmp_path, cfg):
+    parts = setup(replace(cfg, lora_rank=RANK, out=str(tmp_path), prompts_per_step=2))
+    checkpoint.save(tmp_path, {"step": 1, "cursor": 0}, parts)
+    written = sum(f.stat().st_size for f in (tmp_path / "checkpoint-1/trainer").iterdir())
     assert 12 * lora.count(parts.policy)[0] < written < 2 * lora.count(parts.policy)[1]
 
 
