@@ -25,7 +25,6 @@ import train
 from plumbing.data.sources import DATA_SETS
 from plumbing.run import hooks
 from plumbing.run.config import Config, borrow, knob
-from reward import rule
 from toy.task import ToyData
 from variants.vppo import Vppo
 
@@ -95,10 +94,20 @@ def signed_reference(logp, ref, clamp):
     return signs(value) * value, clamped
 
 
-@rule("nothing")
-def nothing(graded):
-    """A reward that says nothing."""
-    return 0.0
+def hold_pi_mask():
+    """A trust region on the other side: beta weighs KL(pi_mask || pi_mask before training), and
+    with --masked_branch grad it holds what the perception loss pushes away."""
+    of, score = papo.terms_of, train.score_only
+
+    def terms_of(logprobs, *rest):
+        kept = loss.k3(logprobs.masked.logp, logprobs.ref)[0]
+        return of(logprobs, *rest)._replace(KL_ref=kept)
+
+    def score_only(policy, rows, pixels, exact=False):
+        trained = any(p.requires_grad for p in policy.parameters())
+        return score(policy, rows, pixels if trained else rows.masked_pixels, exact)
+
+    papo.terms_of, train.score_only = terms_of, score_only
 
 
 class ChangedData(ToyData):
@@ -149,7 +158,7 @@ class Control(Config):
     )
     hints: str = knob("own", "left out, or another's, in part", ["own", "dropped", "shuffled"])
     gamma_from: int = knob(0, "gamma is 0 before this step, and annealed from there", low=0)
-    reference: str = knob("kl", "KL_ref as it is, or with signs at random", ["kl", "signed"])
+    reference: str = knob("kl", "KL_ref as it is, or another", ["kl", "signed", "masked"])
 
     def at_step(self, step):
         if step < self.gamma_from:
@@ -160,6 +169,8 @@ class Control(Config):
         super().check(world_size, cuda)
         if self.reference == "signed":
             papo.k3 = signed_reference
+        if self.reference == "masked":
+            hold_pi_mask()
 
 
 @dataclass

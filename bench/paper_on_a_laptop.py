@@ -202,10 +202,8 @@ def arms_table(part, runs):
             columns += [[runs.done[j]["seconds"] for j in done]]
             each = " ".join(f"{x:.0f}" for x in columns[0])
             rows.append([label, f"`{command}`", *map(mean, columns), each, str(len(done))])
-    heads = (
-        "arm, command, vision, general, blind, wrong hints followed, seconds, vision of each run"
-    )
-    return markdown([*heads.split(", "), "runs"], rows)
+    heads = ["arm", "command", *SPLITS, "wrong hints followed", "seconds", "vision of each run"]
+    return markdown([*heads, "runs"], rows)
 
 
 def recipe_table(part, runs):
@@ -374,16 +372,12 @@ def page(runs, folder, draw=True):
         sections += ["", f"![{name}]({NAME}-{name}.png)"]
         if draw:
             figure(*about).savefig(folder / f"{NAME}-{name}.png", dpi=80)
-    choice = [
-        [m, f"`{c}`", *(mean(runs.scores(x) or [math.nan]) for x in candidates(m))]
-        for m, c in chosen(runs).items()
-    ]
+    scores = lambda m: (mean(runs.scores(x) or [math.nan]) for x in candidates(m))
+    choice = [[m, f"`{c}`", *scores(m)] for m, c in chosen(runs).items()]
     heads = ["method", "chosen", *(f"candidate {i}" for i in range(1, 5))]
     done = len(wanted & set(runs.done))
-    said = (
-        f"{done} of {len(wanted)} runs of the parts below are there, all of commit {runs.commit} "
-        "but those of parts that were thought of later."
-    )
+    said = f"{done} of {len(wanted)} runs of the parts below are there, of commit {runs.commit}; "
+    said += "what was thought of later is of another, which those runs name."
     runs.claims = judged(runs)
     claims = markdown(HEADS.split(", "), runs.claims)
     print(*claims, said, sep="\n")

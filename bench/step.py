@@ -126,10 +126,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_model(args.shape, scratch, "cuda" if cuda else "cpu")
         flags = dict(model=str(folder), data="toy", algo="papo_g", sampler=args.sampler, lr=1e-9)
-        flags |= dict(
-            prompts_per_step=args.prompts, prompts_per_update=args.prompts // args.updates
-        )
-        flags |= dict(group_size=args.group, mask_unit="patch", max_pixels=1280 * 28 * 28)
+        flags |= dict(prompts_per_step=args.prompts, group_size=args.group, mask_unit="patch")
+        flags |= dict(prompts_per_update=args.prompts // args.updates, max_pixels=1280 * 28 * 28)
         flags |= dict(max_prompt_tokens=4096 if cuda else 512, max_response_tokens=args.response)
         flags |= dict(dtype="bfloat16" if cuda else "float32", tokens_per_forward=8192)
         parts = setup(resolve(flags, cuda)[0])

@@ -73,15 +73,14 @@ def gap_after_sync(sampler, policy, prompts, seeds, device):
     rollouts = sampler.generate(prompts, 2, seeds, limit=32)
     if not any(rollouts):
         fail("none of the first prompts can be read and sampled; the warnings say why", True)
-    ours = response_logprobs(policy, prompts, rollouts, device)
-    theirs = [x for r in rollouts if r for x in r.logprobs]
-    return torch.cat([(a - b).abs() for a, b in zip(ours, theirs)]).mean().item()
+    return torch.cat(gaps(policy, prompts, rollouts, device)).mean().item()
 
 
-def response_logprobs(policy, prompts, rollouts, device):
-    """The policy's log-probs of sampled tokens -> a list of (n,) tensors, response by response.
-    Prompts whose rollout is None are passed over."""
-    pairs = [(p, r.tokens) for p, r in zip(prompts, rollouts) if r]
-    rows = policy.pack(*zip(*pairs)).to(device)
+def gaps(policy, prompts, rollouts, device):
+    """|difference| of the policy's log-probs of sampled tokens from the sampler's -> a list of (n,)
+    tensors, response by response. Prompts whose rollout is None are passed over."""
+    pairs = [(p, r) for p, r in zip(prompts, rollouts) if r]
+    rows = policy.pack([p for p, _ in pairs], [r.tokens for _, r in pairs]).to(device)
     logp = score_only(policy, rows, rows.pixels).logp.cpu()
-    return [logp[b, g, : len(t)] for b, (_, group) in enumerate(pairs) for g, t in enumerate(group)]
+    sampled = [(logp[b, g], x) for b, (_, r) in enumerate(pairs) for g, x in enumerate(r.logprobs)]
+    return [(ours[: len(theirs)] - theirs).abs() for ours, theirs in sampled]
