@@ -30,12 +30,13 @@ def advantages(rewards: Tensor) -> Tensor:
 def masked_picture(
     pixels: Tensor, black: Tensor, ratio: float, unit: int, draw: torch.Generator
 ) -> Tensor:
-    """Exercise 2. The masked picture: each piece of it is black with probability `ratio`.
+    """Exercise 2. The masked picture: each piece of it is black with probability `ratio`
+    (appendix G).
 
     A picture is N rows of numbers, one a patch, and `unit` consecutive rows are one piece: they are
-    masked together or not at all. Draw one number a piece: torch.rand(N // unit, generator=draw).
-    A black patch is the row `black`, and not zeros: pixels are normalised. The input stays as it
-    is, since pi_theta still needs it.                                           appendix G
+    masked together or not at all. Draw one number a piece, torch.rand(N // unit, generator=draw),
+    and blacken the pieces whose number is below `ratio`. A black patch is the row `black`, and not
+    zeros: pixels are normalised. The input stays as it is, since pi_theta still needs it.
     pixels (N, D), black (D,) -> (N, D)
     """
     raise NotImplementedError
@@ -69,13 +70,13 @@ def k3(logp: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def objective(terms, scored: Tensor, N, cfg) -> Tensor:
     """Exercise 5. Eq. (2) and (3) as a loss: minus J, averaged over all tokens.
 
-        J = mean { policy - beta KL_ref + gamma KL_prcp - eta1 H - eta2 H_mask }
+        J = mean { surrogate - beta KL_ref + gamma KL_prcp - eta1 H - eta2 H_mask }
 
-    terms.policy is a loss already, minus the clipped surrogate; terms.KL_ref, terms.KL_prcp,
-    terms.H and terms.H_mask are as in the formula, one number a token, (B, G, R) each. cfg.beta,
+    terms.policy is minus the surrogate, a loss already; terms.KL_ref, terms.KL_prcp, terms.H and
+    terms.H_mask are what the formula names, one number a token, (B, G, R) each. cfg.beta,
     cfg.gamma, cfg.eta1 and cfg.eta2 weigh them. scored (B, G, R) bool: tokens that count; padding
     holds anything, infinities too. N.tokens: how many tokens count in the whole batch, of which
-    this may be a part. -> a number
+    this may be a part. -> a tensor without axes
     """
     raise NotImplementedError
 

@@ -51,7 +51,7 @@ def test_the_house_is_small():
         "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 1580),
         "toy": (lines("toy/*.py"), 650),
         "bench": (lines("bench/*.py"), 2760),
-        "exercises": (lines("exercises/*.py"), 520),
+        "exercises": (lines("exercises/*.py"), 540),
         "tests": (lines("tests/*.py"), 8250),
         "lines of ours that train loads": (sum(loaded), 6100),
         "modules of ours that train loads": (len(loaded), 41),
