@@ -154,10 +154,10 @@ def test_the_layouts_of_other_programs(tmp_path, processors):
 
 LETTERED = "\nAnswer with the letter of one option:\nA. 3\nB. 4"
 SETS = {  # as their own files have it: question, options, answer -> what is asked, and the answer
-    "geometry3k": ("<image>x ?", None, "3", "<image>x ?", "3"),
+    "geometry3k, mmk12, counting": ("<image>x ?", None, "3", "<image>x ?", "3"),
     "mathvista": ("x ?", ["3", "4"], "4", f"<image>x ?{LETTERED}", "B"),
     "we-math": ("x ?", "A. 3\nB. 4", "B", f"<image>x ?{LETTERED}", "B"),
-    "mathverse": ("x ?\nA:3\nB:4", ["3", "4"], "B", "<image>x ?\nA:3\nB:4", "B"),
+    "mathverse, logicvista": ("x ?\nA:3\nB:4", ["3", "4"], "B", "<image>x ?\nA:3\nB:4", "B"),
     "mmmu-pro": ("x <image 1> ?", "['3', '4']", "B", f"x <image> ?{LETTERED}", "B"),
     "scienceqa": ("x ?", ["3", "4"], 1, f"<image>x ?{LETTERED}", "B"),
 }
