@@ -75,11 +75,6 @@ def test_the_two_objectives(algo):
     assert all(getattr(official, name) == getattr(paper, name) for name in same)
 
 
-def test_the_branch_that_exact_kl_needs_is_scored_anew():
-    assert preset("3b", "papo_g", perception="exact").masked_branch == "fresh"
-    assert preset("3b", "papo_g", perception="exact", objective="paper").masked_branch == "grad"
-
-
 def test_print_config_says_where_each_value_comes_from_and_does_nothing_else(tmp_path):
     flags = ["--algo", "papo_d", "--objective", "paper", "--eta1", 0.5, "--lora_rank", 4]
     said = train_here("--print_config", "--out", tmp_path / "run", *flags).splitlines()

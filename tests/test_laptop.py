@@ -20,6 +20,7 @@ laptop = pytest.importorskip("paper_on_a_laptop", reason="there is no bench/ her
 fight = pytest.importorskip("fight")
 
 RESULTS = ROOT / "results"
+WORDS = ["confirmed", "seen", "not seen", "seen reversed", "not yet", "not testable here"]
 
 
 def test_an_interval_is_students_over_warm_starts():
@@ -245,6 +246,14 @@ def test_the_kinds_of_mistakes_are_those_that_were_counted():
         own = [shares for start, shares in counted[name].items() if start.startswith(group)]
         means = [statistics.mean(s.get(kind, 0.0) for s in own) for kind in asked[name]]
         assert " | ".join([f"| {group} | {name}", *map(percent, means)]) in page
+
+
+@pytest.mark.prose
+def test_the_claims_are_counted():
+    page = (ROOT / "docs" / "claims.md").read_text()
+    words = re.findall(r"^\| (?!where|---).*\| ([a-z ]+) \|$", page, re.M)
+    counted = ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
+    assert f"Of {len(words)} claims: {counted}." in page and {*words} <= {*WORDS}
 
 
 @pytest.mark.prose

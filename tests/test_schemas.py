@@ -256,8 +256,7 @@ def test_rows_of_random_types_are_read_or_left_out(trials, tmp_path, processors,
     sets = [Rows(jsonl(tmp_path / f"{len(row[0])}.jsonl", row), "train") for row in (plain, chat)]
     rng, read = random.Random(0), 0
     for trial in range(10 * trials):
-        names = "problem answer images counterpart messages options".split()
-        row = {name: random_value(rng) for name in names}
+        row = {n: random_value(rng) for n in (*COLUMNS, "counterpart", "messages", "options")}
         row |= (
             {"images": [], "options": None}
             if trial % 2
