@@ -272,7 +272,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 def test_a_few_blows_lose_nothing(tmp_path):
     """bench/kill.py, of which a night's rounds are in results/kill.json."""
     where = ["--work", tmp_path / "work", "--out", tmp_path / "kill.json"]
-    done = command("bench/kill.py", "--blows", 4, "--cases", "grpo", "lora", *where)
+    done = command("bench/kill.py", "--blows", 4, "--cases", "grpo,lora", *where)
     assert done.returncode == 0 and "runs: none lost anything" in done.stdout, done.stdout
 
 
