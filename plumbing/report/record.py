@@ -208,15 +208,15 @@ def collapse_warnings(metrics):
     return lines
 
 
-def first_anomaly(metrics):
+def first_anomaly(metrics, factor=None):
     """Lines of a whole run -> {signal: the first step at which it had left, if it has}; the reward,
-    when it is below half of its best so far."""
+    when it is below half of its best so far. factor: one for all signals; default: the warnings'"""
     left, best = {}, 0.0
-    for sign in SIGNS_OF_COLLAPSE:
-        lines = [line for line in metrics if sign[0] in line]
+    for name, own, floor in SIGNS_OF_COLLAPSE:
+        sign, lines = (name, factor or own, floor), [line for line in metrics if name in line]
         for end in range(1, len(lines) + 1):
             if is_anomalous(lines[max(0, end - RECENT - BEFORE) : end], sign)[0]:
-                left[sign[0]] = lines[end - 1]["step"]
+                left[name] = lines[end - 1]["step"]
                 break
     for line in metrics:
         best = max(best, line["reward"])
