@@ -10,6 +10,7 @@ import pytest
 from conftest import command, train_here
 
 from papo import ALGORITHMS
+from plumbing.base.optimizer import whole_gradients
 from plumbing.fit import sleep_level
 from plumbing.run import config
 from plumbing.run.config import Config, parser, resolve
@@ -75,6 +76,12 @@ def test_the_two_objectives(algo):
     assert all(getattr(official, name) == getattr(paper, name) for name in same)
 
 
+def test_the_branch_that_exact_kl_needs_is_scored_anew():
+    assert preset("3b", "papo_g", perception="exact").masked_branch == "fresh"
+    assert preset("3b", "papo_g", perception="exact", objective="paper").masked_branch == "grad"
+    assert preset("3b", "papo_g").masked_branch == "kept"
+
+
 def test_print_config_says_where_each_value_comes_from_and_does_nothing_else(tmp_path):
     flags = ["--algo", "papo_d", "--objective", "paper", "--eta1", 0.5, "--lora_rank", 4]
     said = train_here("--print_config", "--out", tmp_path / "run", *flags).splitlines()
@@ -94,9 +101,6 @@ def test_print_config_says_where_each_value_comes_from_and_does_nothing_else(tmp
 
 BAD = [
     (dict(dual_clip=0.5), "greater than 1"),
-    (dict(beta=math.nan), "a finite number is needed"),
-    (dict(lr=math.inf), "a finite number is needed"),
-    (dict(weight_decay=-0.1), "not be negative"),
     (dict(mask_ratio=1.5), "between 0 and 1"),
     (dict(perception="exact", masked_branch="kept"), "fresh or grad"),
     (dict(columns="problem,answer"), "name three"),
@@ -107,6 +111,10 @@ BAD = [
     (dict(model="/nowhere"), "there is no such folder"),
     (dict(data="rows.json"), "no such file"),
 ]
+BOUNDS = {"a finite number is needed": dict(beta=math.nan, lr=math.inf)}
+BOUNDS |= {"not be negative": dict(weight_decay=-0.1, gamma=-0.1, keep=-1)}
+BOUNDS |= {"greater than 0": dict(lr=-1.0, min_pixels=-5, prompts_per_update=0)}
+BAD += [({k: v}, words) for words, flags in BOUNDS.items() for k, v in flags.items()]
 
 
 @pytest.mark.parametrize("flags,words", BAD, ids=lambda x: str(x)[:30])
@@ -157,6 +165,10 @@ def test_the_engine_sleeps_when_it_must():
     assert sleep_level(1e9, 0, 2, 80e9, kept) == 2
     # At 4.1 billion, whole gradients are more than a fifth of the card, and only shards are kept.
     assert sleep_level(4.1e9, 0, 16, 80e9, cfg) == 0  # 5 + 20 GB
+    # Kept whole at 3B on 80 GB, not at 7B or on 24 GB, and always with a small LoRA or on a CPU.
+    assert whole_gradients(3.75e9, 80e9) == 15e9 and whole_gradients(4e7, 24e9) == 1.6e8
+    assert whole_gradients(8.3e9, 80e9) == 0 and whole_gradients(3.75e9, 24e9) == 0
+    assert whole_gradients(8.3e9, math.inf) > 0
 
 
 @pytest.mark.parametrize("cuda", [True, False])

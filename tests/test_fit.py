@@ -129,9 +129,8 @@ def test_training_asks_before_it_loads(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     first = SimpleNamespace(device=torch.device("cuda"), world=2, first=True, gather=list)
-    with pytest.raises(
-        SystemExit, match="here, and a C compiler .gcc. and Python.h .python3-dev. is"
-    ):
+    lacks = "here, and a C compiler .gcc. and Python.h .python3-dev. is"
+    with pytest.raises(SystemExit, match=lacks):
         setup.must_fit(folder, config(), first)
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(setup, "which", lambda name: "/usr/bin/gcc")

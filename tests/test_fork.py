@@ -85,9 +85,8 @@ def test_its_mask_is_where_it_should_be(cfg, processors, prompts, monkeypatch):
     monkeypatch.setattr(papo, "ALGORITHMS", dict(papo.ALGORITHMS))
     exec(FORK, {"__name__": "fork"})
     masker, prompt = masking.Masker(replace(cfg, mask="left"), processors[1]), prompts[0]
-    whole, masked = (
-        to_picture(x, prompt.grid[0], processors[1]) for x in (prompt.pixels, masker(prompt, None))
-    )
+    both = prompt.pixels, masker(prompt, None)
+    whole, masked = (to_picture(x, prompt.grid[0], processors[1]) for x in both)
     half = whole.shape[1] // 2
     assert not masked[:, :half].any() and torch.equal(masked[:, half:], whole[:, half:])
 

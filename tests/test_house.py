@@ -99,13 +99,8 @@ FLOORS = [
 
 
 def floor_of(module):
-    found = [
-        i
-        for i, rooms in enumerate(FLOORS)
-        for r in rooms
-        if module == r or module.startswith(r + ".")
-    ]
-    return found[0] if found else None
+    inside = lambda room: f"{module}.".startswith(f"{room}.")
+    return next((i for i, rooms in enumerate(FLOORS) if any(map(inside, rooms))), None)
 
 
 def test_nothing_imports_what_stands_above_it():

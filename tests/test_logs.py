@@ -16,9 +16,8 @@ def settings(out, name=""):
 
 def test_what_is_missing_or_does_not_start_is_said_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(logs.LOGS, "nowhere", None)
-    with pytest.raises(
-        SystemExit, match="--log nowhere: nowhere is not installed; `pip install no"
-    ):
+    lacks = "--log nowhere: nowhere is not installed; `pip install no"
+    with pytest.raises(SystemExit, match=lacks):
         settings(tmp_path, "nowhere").check(1, False)
     # As when nobody is logged in; here a package whose import fails.
     (tmp_path / "wandb.py").write_text("raise RuntimeError('no key\\nand more')")

@@ -56,9 +56,8 @@ def test_rows_are_the_patches_that_we_say_they_are(image_processor):
     for first in range(0, 60, 4):  # four rows in turn are one token: a 2 x 2 block
         i = row_order(grid, 2)[first]
         assert row_order(grid, 2)[first : first + 4].tolist() == [i, i + 1, i + 10, i + 11]
-    assert torch.equal(
-        to_picture(rows, grid, image_processor), torch.from_numpy(np.array(numbered(6, 10, p)))
-    )
+    drawn = torch.from_numpy(np.array(numbered(6, 10, p)))
+    assert torch.equal(to_picture(rows, grid, image_processor), drawn)
 
 
 def test_masked_rows_are_black_where_they_should_be(image_processor):
@@ -207,9 +206,8 @@ def test_noise_stays_a_picture(kept, std, processors, two_pictures):
     noisy = add_noise(two_pictures.pixels, std, generator(0), processors[1], kept)
     statistics = processors[1].image_mean, processors[1].image_std
     mean, scale = (torch.tensor(x)[:, None, None, None] for x in statistics)
-    before, after = (
-        (x.view(-1, 3, 2, 14, 14) * scale + mean) for x in (two_pictures.pixels, noisy)
-    )
+    both = (two_pictures.pixels, noisy)
+    before, after = ((x.view(-1, 3, 2, 14, 14) * scale + mean) for x in both)
     assert after.min() > -1e-5 and after.max() < 1 + 1e-5
     assert torch.equal(after[:, :, 0], after[:, :, 1])  # both frames of a patch show one picture
     middle = (kept * before > 0.4) & (kept * before < 0.6)  # where nothing is cut off

@@ -87,9 +87,8 @@ def test_an_absent_picture_is_one_whose_tokens_were_taken_out(policy, prompts, p
     cut |= {"position_ids": rows.position_ids[:, :, stays], "predictor": place[rows.predictor]}
     shorter = type(rows)(**cut | {"pixels": None, "grid": None})
     with torch.no_grad():
-        absent, wanted, other = (
-            policy(r, pixels).logp for r, pixels in ((rows, None), (shorter, None), (rows, black))
-        )
+        asked = (rows, None), (shorter, None), (rows, black)
+        absent, wanted, other = (policy(*pair).logp for pair in asked)
     assert torch.allclose(absent, wanted, atol=1e-5)
     assert (absent - other).abs().max() > 1e-3
 

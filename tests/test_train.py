@@ -52,9 +52,8 @@ def test_what_a_run_leaves(finished):
     out, stdout = finished
     logged = json.loads((out / "config.json").read_text())
     cfg = Config(**logged["config"])
-    assert (cfg.algo, cfg.steps, cfg.save_every) == ("papo_g", 4, 1) and "torch" in logged[
-        "versions"
-    ]
+    assert (cfg.algo, cfg.steps, cfg.save_every) == ("papo_g", 4, 1)
+    assert "torch" in logged["versions"]
     # Checkpoints are whole, and three are kept.
     assert not list(out.glob(".making*"))
     assert checkpoint.whole(out) == [out / f"checkpoint-{step}" for step in (2, 3, 4)]
@@ -248,9 +247,8 @@ def test_other_rows_other_code_and_other_versions_are_said_on_resume(tmp_path):
     with pytest.raises(SystemExit, match="holds 2 rows .*, and 3 rows .* when this run began"):
         train_here(*flags, "--steps", 3, "--resume")
     said = train_here(*flags, "--steps", 3, "--resume", "--other_rows")
-    assert (
-        "rows 3 rows" in said and len(json.loads((out / "config.json").read_text())["history"]) == 2
-    )
+    history = json.loads((out / "config.json").read_text())["history"]
+    assert "rows 3 rows" in said and len(history) == 2
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

@@ -200,10 +200,8 @@ def test_a_noised_picture_is_a_step_of_diffusion(prompts, processors):
     """sqrt(a) and sqrt(1 - a), worked out in plain Python, are found again in a grey picture, whose
     noise is hardly ever cut."""
     grey = Image.new("RGB", (84, 84), (128,) * 3)
-    prompt, image_processor = (
-        encode(Example("", "<image> ?", "1", [grey]), *processors),
-        processors[1],
-    )
+    prompt = encode(Example("", "<image> ?", "1", [grey]), *processors)
+    image_processor = processors[1]
     mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
     expected = {100: (0.99829, 0.05841), 250: (0.98913, 0.14702), 500: (0.86302, 0.50517)}
     for steps, (kept, noise) in expected.items():
