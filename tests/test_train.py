@@ -548,6 +548,12 @@ def test_an_annealed_run_ends_without_the_perception_loss(tmp_path, folder):
         assert abs(m["loss"] - terms) < 1e-6
 
 
+def test_micro_batches_are_memory_only(tmp_path, folder):
+    runs = [one_run(tmp_path, folder, tokens_per_forward=n) for n in (1, 400)]
+    one, other = (module.train_step(parts, module.Progress()) for parts in runs)
+    assert [one[k] for k in SAME] == pytest.approx([other[k] for k in SAME], rel=1e-4, abs=1e-6)
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, folder, monkeypatch):
     """The real update, with an advantage that overflows."""
     parts, progress = one_run(tmp_path, folder, prompts_per_step=2), module.Progress()
