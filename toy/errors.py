@@ -22,9 +22,8 @@ from toy.task import CELL_NAMES, COLOURS, SHAPES, make
 KINDS = ["right", "habit", "perception", "calculation", "question", "form"]
 RESPONSE = re.compile(r"<think> (.*) </think> \\boxed\{ (\S+) \}")
 WORDS = re.compile(rf"\b({'|'.join([*COLOURS, *SHAPES, *CELL_NAMES])}|same|\d+)\b|[<>]")
-STATED = re.compile(
-    r"(\w+) : (\w+)(?: \+)? (\w+)"
-)  # what is read off: red : 1 + 2, a1 : red square
+# What is read off the picture: red : 1 + 2, a1 : red square.
+STATED = re.compile(r"(\w+) : (\w+)(?: \+)? (\w+)")
 
 
 def kind_of(text, example, perfect):
