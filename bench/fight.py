@@ -180,12 +180,7 @@ def parts(runs):
     trust = {f"{k}, beta {b}": f"{c} {ON_MASK} {b}" for k, c in worn.items() for b in (0.5, 2.0)}
     on_mask = "A trust region on pi_mask", "against gamma alone", worn | trust, THREE, (1,)
     on_mask = Part(*on_mask, [Pair(k, k.split(",")[0]) for k in trust], later=True)
-    flags = ["--beta 0", "--mask noise", "--mask raw", "--mask_unit patch", "--mask_ratio 0.3"]
-    flags += [f"--eta1 {e} --eta2 {e} --masked_branch grad" for e in (0.01, 0.03, 0.05, 0.2)]
-    tables = {f"papo_g {f}": f"{papo} {f}" for f in flags} | {"grpo --beta 0": f"{grpo} --beta 0"}
-    tables["noisy with PAPO"] = f"{best['noisy']} --gamma 0.3 --anneal_steps 20"
-    against = [Pair("papo_g", k) for k in tables if k.startswith("papo_g")]
-    tables = Part("Tables 2, 3, 8, 11", "of the paper", three | tables, THREE, (1,), against, True)
+    tables = tables_of_the_paper(best, three)
     found = [
         first,
         Part("The headline", Pair.__doc__.strip(), three, ALL, pairs=head),
@@ -231,9 +226,23 @@ def parts(runs):
         way = max(fates, key=fates.get)
         again = {f"gamma {g}": held_at(g)[way] for g in (0.3, 1, 2)}
         says = f"the best way of those above, {way}: at every gamma each of five seeds on each of "
-        says += "three starts must end at most 5 points below PAPO_G's own run there"
-        found.append(Part("Is it held at any gamma?", says, again, THREE, (1, 2, 3, 4, 5)))
+        says += "three starts must end at most 5 points below PAPO_G's own run there; where one of "
+        says += "the first seed ends lower the answer is no, and the other four are not run"
+        found.append(Part("Is it held at any gamma?", says, again, THREE))
     return [*found, *all_methods(best)] if set(best) == set(METHODS) else found
+
+
+def tables_of_the_paper(best, three):
+    """What the paper's Tables 2, 3, 8 and 11 vary. three: the arms of the headline"""
+    flags = ["--beta 0", "--mask noise", "--mask raw", "--mask_unit patch", "--mask_ratio 0.3"]
+    flags += [f"--eta1 {e} --eta2 {e} --masked_branch grad" for e in (0.01, 0.03, 0.05, 0.2)]
+    arms = {f"papo_g {f}": f"{best['papo_g']} {f}" for f in flags}
+    against = [*(Pair("papo_g", k) for k in arms), Pair("grpo", "grpo --beta 0")]
+    arms |= {"grpo --beta 0": f"{best['grpo']} --beta 0", "noisy": best["noisy"]}
+    arms["noisy with PAPO"] = f"{best['noisy']} --gamma 0.3 --anneal_steps 20"
+    against.append(Pair("noisy with PAPO", "noisy"))
+    says = "of the paper; the last two pairs were added after other runs of the part had been seen"
+    return Part("Tables 2, 3, 8, 11", says, three | arms, THREE, (1,), against, later=True)
 
 
 def all_methods(best):
