@@ -13,6 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from shutil import which
 
 import psutil
 import torch
@@ -58,13 +59,13 @@ def write_config(out, cfg, rows=None, model=None):
     do, unless cfg.other_rows."""
     out.mkdir(parents=True, exist_ok=True)
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    git = subprocess.run(describe, capture_output=True, text=True)
+    git = subprocess.run(describe, capture_output=True, text=True) if which("git") else None
     installed = {p: version(p) for p in VERSIONS.split() if find_spec(MODULES.get(p, p))}
     about = {
         "config": dataclasses.asdict(cfg),
         "splits": DATA_SETS[cfg.val_data].splits if cfg.val_data in DATA_SETS else {},
         "command": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": (git and git.stdout.strip()) or None,
         "python": platform.python_version(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": installed,
@@ -179,8 +180,6 @@ SIGNS_OF_COLLAPSE = [
     ("entropy", 2.0, 0.1),
     ("reward", 0.5, 0.1),
 ]
-
-
 RECENT, BEFORE, LEAST = 3, 50, 3  # steps
 
 
