@@ -8,20 +8,24 @@
 #
 # | minutes | section |
 # |---|---|
-# | 0-10 | 1. The task and its shortcut |
-# | 10-20 | 2. Rollouts, reward, advantage |
-# | 20-30 | 3. The masked picture |
-# | 30-45 | 4. The policy with and without the picture |
-# | 45-60 | 5. The loss by hand |
-# | 60-70 | 6. The objective |
-# | 70-85 | 7. Training |
-# | 85-90 | 8. When does looking pay? |
+# | 0-8 | 1. The task and its shortcut |
+# | 8-16 | 2. Rollouts, reward, advantage |
+# | 16-24 | 3. The masked picture |
+# | 24-38 | 4. The policy with and without the picture |
+# | 38-58 | 5. The loss by hand |
+# | 58-66 | 6. The objective |
+# | 66-80 | 7. Training, and meanwhile exercise 7 |
+# | 80-90 | 8. When does looking pay? |
 #
 # Every cell calls the code of this project, the code that trains large models too. Each section
-# ends with exercises. Write your answers into the empty cells below before you open ours.
+# ends with exercises, and with a line that says how long it took you. Write your answers into the
+# empty cells below before you open ours. Where an exercise says *write*, fill a stub of
+# `exercises/mine.py` instead, in another window: the cell below has it judged, as `pytest
+# exercises` does. Who has no time for that does it while section 7 trains, or in a second lesson
+# (`docs/teaching.md`).
 #
-# You need no GPU, and after `pip install -r requirements-cpu.txt` no network. On a laptop with two
-# cores all cells together take about four minutes, and none takes more than three.
+# You need no GPU, and after `pip install -r requirements-cpu.txt` no network. All cells together
+# compute for about four minutes, nearly all of it in section 7.
 #
 # `walkthrough.py` and `walkthrough.ipynb` are the same cells: `python walkthrough.py` runs them in
 # turn, and writes the pictures to out/walkthrough/. The notebook is made of the script, with its
@@ -29,14 +33,34 @@
 # `jupytext --to notebook --set-kernel python3 --execute walkthrough.py`
 
 # %%
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = ""  # what git is to clone where the project's folder is not there, as on Colab
+
+# Where this file may be: as a script, in Jupyter, in or above the working folder, cloned below.
+file, session = globals().get("__file__"), os.environ.get("JPY_SESSION_NAME")
+places = [file or session, "walkthrough.py", "papo/walkthrough.py"]
+around = [folder for place in places if place for folder in Path(place).resolve().parents]
+root = next((folder for folder in around if (folder / "walkthrough.py").exists()), None)
+if not root:
+    if not REPOSITORY:
+        sys.exit("open this notebook in the project's folder, or set REPOSITORY to its address")
+    root, pip = Path("papo").resolve(), [sys.executable, "-m", "pip", "install", "-q"]
+    subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, root], check=True)
+    subprocess.run([*pip, "-r", root / "requirements-cpu.txt"], check=True)
+sys.path[:0] = [str(root), str(root / "exercises")]
+
+# %%
+import importlib
 import json
 import math
-import os
-import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from textwrap import fill
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this lesson is made for the CPU of a laptop
@@ -46,6 +70,8 @@ if "ipykernel" in sys.modules:  # a notebook keeps what cells print, not how far
 import plumbing  # noqa: F401  before torch: how its threads wait
 
 import matplotlib.pyplot as plt
+import mine
+import test_mine
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
@@ -104,10 +130,24 @@ def board(axis, picture, title, **style):
     axis.axis("off")
 
 
+def judged(name):
+    """What the judge says of your function in exercises/mine.py, as it stands there now."""
+    print(test_mine.judge(name, getattr(importlib.reload(mine), name)) or f"{name} is right")
+
+
+def took(section):
+    """Say how long it is since the section before ended, and how much of that was computing."""
+    global ended
+    before, ended = ended, (time.monotonic(), time.process_time())
+    minutes, computed = (ended[0] - before[0]) / 60, ended[1] - before[1]
+    print(f"section {section}: {minutes:.1f} minutes, {computed:.0f} seconds of computing")
+
+
+ended = time.monotonic(), time.process_time()
 cfg = settings(algo="papo_g")
 
 # %% [markdown]
-# ## 1. The task and its shortcut (minutes 0-10)
+# ## 1. The task and its shortcut (minutes 0-8)
 #
 # A picture is a board of 2 x 2 cells with coloured shapes. `a1` is the cell at the top left, `b1`
 # the one to its right, `a2` the one below `a1`. There are four families of questions: how many,
@@ -194,8 +234,11 @@ for split, examples in drawn.items():
 #
 # </details>
 
+# %%
+took(1)
+
 # %% [markdown]
-# ## 2. Rollouts, reward, advantage (minutes 10-20)
+# ## 2. Rollouts, reward, advantage (minutes 8-16)
 #
 # A *rollout* is a group of $G = 8$ responses that the policy samples to one prompt. A rule gives
 # each response its reward: 0.9 if the answer is right, and 0.1 if the form is (`reward.py`). The
@@ -252,9 +295,9 @@ show("2-group")
 # the same advantage as one that reads well. Where the hint is right, the same holds for one that
 # only repeats it. The policy gradient cannot tell them apart.
 #
-# **Exercise 2.** In many groups all rewards are equal: the question is so easy that all eight
-# responses are right, or so hard that all are wrong. Which advantages does such a group have? Which
-# terms of the objective still train on it?
+# **Exercise 2.** (a) Write `advantages`. (b) In many groups all rewards are equal: the question is
+# so easy that all eight responses are right, or so hard that all are wrong. Which advantages does
+# such a group have? Which terms of the objective still train on it?
 #
 # $$J = \mathrm{mean}\{\min(\rho A, \mathrm{clip}(\rho) A) - \beta\,\mathrm{KL}(\pi\|\pi_{ref})
 # + \gamma\,\mathrm{KL}(\pi\|\pi_{mask}) - \eta_1 H[\pi] - \eta_2 H[\pi_{mask}]\}$$
@@ -267,15 +310,20 @@ show("2-group")
 # %%
 # Your answer goes here.
 
+# %%
+judged("advantages")
+
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Every reward is the mean, so every advantage is 0, and the policy term has no gradient. The
-# perception term still trains on the group, and so does the KL to the reference once the policy has
-# left it; of the entropies see section 5. So PAPO also learns from questions that are too easy or
-# too hard for the reward. (DAPO and PAPO_D throw such groups away and draw others, Eq. (3).)
+# (a) `papo.group_advantages`. (b) Every reward is the mean, so every advantage is 0, and the policy
+# term has no gradient. The perception term still trains on the group, and so does the KL to the
+# reference once the policy has left it; of the entropies see section 5. So PAPO also learns from
+# questions that are too easy or too hard for the reward. (DAPO and PAPO_D throw such groups away
+# and draw others, Eq. (3).)
 #
 # ```python
+# assert not test_mine.judge("advantages", papo.group_advantages)
 # equal = papo.group_advantages(torch.full((8,), 0.9))
 # assert not equal.any()
 # rows = parts.policy.pack([prompt], [rollout.tokens])
@@ -302,8 +350,11 @@ show("2-group")
 #
 # </details>
 
+# %%
+took(2)
+
 # %% [markdown]
-# ## 3. The masked picture (minutes 20-30)
+# ## 3. The masked picture (minutes 16-24)
 #
 # PAPO needs to know what the policy would say if it saw less. So a second picture is made from the
 # first: it is cut into small squares, the *patches* that the vision tower reads, and each patch is
@@ -352,21 +403,27 @@ for axis, mask in zip(axes, MASKS):
 show("3-kinds")
 
 # %% [markdown]
-# **Exercise 3.** A black patch is not a row of zeros for the vision tower. Why not? What would one
-# see if a masked patch were all zeros?
+# **Exercise 3.** (a) A black patch is not a row of zeros for the vision tower. Why not? What would
+# one see if a masked patch were all zeros? (b) Write `masked_picture`.
 
 # %%
 # Your answer goes here.
 
+# %%
+judged("masked_picture")
+
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The vision tower reads normalised numbers, (x - mean) / std for each colour channel, where x is 0
-# for black and 1 for white. So black is -mean / std (`masking.black_row`), and zero is the mean
-# colour of the pictures that the model was trained on: a grey. A patch of zeros would be a grey
-# patch, which a model may take for something that is there.
+# (a) The vision tower reads normalised numbers, (x - mean) / std for each colour channel, where x
+# is 0 for black and 1 for white. So black is -mean / std (`masking.black_row`), and zero is the
+# mean colour of the pictures that the model was trained on: a grey. A patch of zeros would be a
+# grey patch, which a model may take for something that is there.
+#
+# (b) `masking.choose_patches`, then `masking.mask_patches`.
 #
 # ```python
+# assert not test_mine.judge("masked_picture", test_mine.RIGHT["masked_picture"])
 # zeros = to_picture(torch.zeros_like(picture.pixels), picture.grid[0], image_processor)
 # black = masked_as("random", 1.0)
 # print("zeros:", zeros[0, 0].tolist(), " black:", black[0, 0].tolist())
@@ -377,8 +434,11 @@ show("3-kinds")
 #
 # </details>
 
+# %%
+took(3)
+
 # %% [markdown]
-# ## 4. The policy with and without the picture (minutes 30-45)
+# ## 4. The policy with and without the picture (minutes 24-38)
 #
 # Now the heart of the method. The same policy scores the same response twice: on the picture
 # ($\pi_\theta$) and on the masked picture ($\pi_{mask}$). For token $o_t$ these are
@@ -437,11 +497,11 @@ for (left, middle, right), example in zip(axes, {e.tags["family"]: e for e in wr
 show("4-heat-map")
 
 # %% [markdown]
-# **Exercise 4.** Which words glow, and why those? Look at four kinds of words: the form (`<think>`,
-# `\boxed{`, ...), the first word of the thought, the numbers, colours and shapes behind it, and the
-# answer in the box.
+# **Exercise 4.** (a) Which words glow, and why those? Look at four kinds of words: the form
+# (`<think>`, `\boxed{`, ...), the first word of the thought, the numbers, colours and shapes behind
+# it, and the answer in the box. (b) Write `masked_logprobs`.
 #
-# Then measure it: the next cell takes the mean of $k_3$ by the kind of word, over many responses;
+# Then measure (a): the next cell takes the mean of $k_3$ by the kind of word, over many responses;
 # the signs between the facts are a fifth kind.
 
 
@@ -477,14 +537,17 @@ show("4-kinds-of-words")
 # %%
 # Your answer goes here.
 
+# %%
+judged("masked_logprobs")
+
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The first word glows most. There the policy decides to look (it names a colour, a shape or a cell)
-# or to repeat the hint (*a friend says*), and without the picture it prefers the hint. A response
-# that begins with *a* glows there too: its $d$ is positive, and PAPO lowers that word. We taught it
-# that: in the warm start every hint was repeated when the picture was masked. A large model may
-# have such a habit from its own training data, which the toy does not show.
+# (a) The first word glows most. There the policy decides to look (it names a colour, a shape or a
+# cell) or to repeat the hint (*a friend says*), and without the picture it prefers the hint. A
+# response that begins with *a* glows there too: its $d$ is positive, and PAPO lowers that word. We
+# taught it that: in the warm start every hint was repeated when the picture was masked. A large
+# model may have such a habit from its own training data, which the toy does not show.
 #
 # Facts glow where they are read off cells that the mask hides. The form and the signs hardly glow,
 # since they are the same for every picture.
@@ -493,15 +556,21 @@ show("4-kinds-of-words")
 # the thought, and $\pi_{mask}$ can read the thought as well: it is part of $o_{<t}$. So PAPO trains
 # the words that do the looking, and leaves the arithmetic to the reward.
 #
+# (b) `loss.token_logprobs` of the logits on the masked picture, detached.
+#
 # ```python
+# assert not test_mine.judge("masked_logprobs", test_mine.RIGHT["masked_logprobs"])
 # assert mean_kl["first word"] > mean_kl["fact"] > 5 * mean_kl["form"]
 # assert mean_kl["answer"] < mean_kl["fact"] / 2
 # ```
 #
 # </details>
 
+# %%
+took(4)
+
 # %% [markdown]
-# ## 5. The loss by hand (minutes 45-60)
+# ## 5. The loss by hand (minutes 38-58)
 #
 # How should one estimate KL($\pi\|\pi_{mask}$) from a single sampled token? With
 # $r = \pi(o) / \pi_{mask}(o)$, so that $d = -\log r$ in section 4, there are three candidates:
@@ -609,8 +678,8 @@ print("E[grad of the sampled entropy] ", [f"{x:+.4f}" for x in sampled.tolist()]
 print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 
 # %% [markdown]
-# **Exercise 5.** (a) Work out E[grad k3] in the logits with pencil and paper: the slope of k3 in
-# $\log\pi(o)$ is $1 - 1/r$, and the gradient of $\log\pi(o)$ in logit $v$ is $[o = v] - \pi(v)$.
+# **Exercise 5.** (a) Write `k3` and its slope in $\log\pi(o)$. Then work out E[grad k3] in the
+# logits with pencil and paper: the gradient of $\log\pi(o)$ in logit $v$ is $[o = v] - \pi(v)$.
 # (b) Swap the two policies, as the printed form does. What is its expected gradient?
 # (c) Why is the expected gradient of the sampled entropy zero? And that of the log-ratio?
 # (d) A fourth estimator, k2, is $\frac{1}{2} \log^2 r$. Its mean is not the KL. What is its
@@ -619,10 +688,14 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # %%
 # Your answer goes here.
 
+# %%
+judged("k3")
+
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# (a) $\sum_o \pi(o) (1 - \pi_{mask}(o)/\pi(o)) ([o = v] - \pi(v)) = \pi(v) - \pi_{mask}(v)$.
+# (a) The slope is $1 - 1/r$, as autograd finds for `loss.k3`, and so
+# $\sum_o \pi(o) (1 - \pi_{mask}(o)/\pi(o)) ([o = v] - \pi(v)) = \pi(v) - \pi_{mask}(v)$.
 # Maximising it moves away from what the blind policy says, token by token. It never asks whether a
 # token is true: a token without meaning gets away from the blind policy as well as a true one does.
 # That is how a large gamma destroys a policy (section 7). The exact KL, in the direction that is
@@ -640,6 +713,7 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 # KL($\pi\|\pi_{mask}$), the KL that the paper names. k3 has the right value, k2 the right gradient.
 #
 # ```python
+# assert not test_mine.judge("k3", test_mine.RIGHT["k3"])
 # p, m = pi.tolist(), pi_mask.tolist()
 #
 #
@@ -706,8 +780,11 @@ print("gradient of the exact entropy  ", [f"{x:+.4f}" for x in exact.tolist()])
 #
 # </details>
 
+# %%
+took(5)
+
 # %% [markdown]
-# ## 6. The objective (minutes 60-70)
+# ## 6. The objective (minutes 58-66)
 #
 # `papo.objective` adds the terms up, over all tokens of a batch at once. To see that there is
 # nothing more to it, we write it a second time, for one token, with plain Python numbers.
@@ -805,9 +882,9 @@ small.set_xticks(range(len(texts)), texts, rotation=60, fontsize=8)
 show("6-terms")
 
 # %% [markdown]
-# **Exercise 7.** Take one term away at a time (set its weight to 0 in `replace(all_on, ...)`). For
-# which of the weights gamma, beta, eta1 and eta2 does the loss change? For which does its gradient
-# in the tokens' log-probabilities change?
+# **Exercise 7.** (a) Take one term away at a time (set its weight to 0 in `replace(all_on, ...)`).
+# For which of the weights gamma, beta, eta1 and eta2 does the loss change? For which does its
+# gradient in the tokens' log-probabilities change? (b) While section 7 trains, write `objective`.
 
 # %%
 # Your answer goes here.
@@ -815,12 +892,13 @@ show("6-terms")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The loss changes for all four. The gradient changes for three: without eta2 it is the same to the
-# last bit. The masked branch has no gradient in the released form, so eta2 weighs a constant. It is
-# in the loss that is logged, and in no update. With eta1 each sampled token has a slope; it is
-# their mean over the policy that is zero (exercise 5).
+# (a) The loss changes for all four. The gradient changes for three: without eta2 it is the same to
+# the last bit. The masked branch has no gradient in the released form, so eta2 weighs a constant.
+# It is in the loss that is logged, and in no update. With eta1 each sampled token has a slope; it
+# is their mean over the policy that is zero (exercise 5). (b) `papo.objective`.
 #
 # ```python
+# assert not test_mine.judge("objective", papo.objective)
 # def loss_and_gradient(settings):
 #     """-> (loss, its gradient in log pi of every token (1, G, R))"""
 #     logp = seen.logp.clone().requires_grad_()
@@ -841,12 +919,17 @@ show("6-terms")
 #
 # </details>
 
+# %%
+took(6)
+
 # %% [markdown]
-# ## 7. Training (minutes 70-85)
+# ## 7. Training (minutes 66-80)
 #
 # Now the three runs, each from the same warm start, each step a call of `train.train_step`: GRPO,
-# PAPO_G, and PAPO_G with a gamma that is far too large and never lowered. Before you run them, note
-# down what you expect: which ends highest, and which follows the hint?
+# PAPO_G, and PAPO_G with a gamma that is far too large and never lowered. Start the next four cells
+# together: they train for minutes. Meanwhile note down what you expect (which ends highest, and
+# which follows the hint?), and write `objective` and what else is still open in
+# `exercises/mine.py`; the cell behind the training has it judged.
 #
 # The first two have the 30 steps of `train.py`, the third has 25; each has one seed, and a small
 # validation (two answers to each of 128 questions). This is enough to see the shapes. The full
@@ -891,6 +974,9 @@ short = min(25, cfg.steps)  # by then all is seen, and its responses have become
 runs["gamma too large"] = run(algo="papo_g", gamma=2.0, anneal_steps=0, steps=short)
 
 # %%
+judged("objective")
+
+# %%
 panels = {
     "val_accuracy": "accuracy on val",
     "val_followed": "wrong hints followed",
@@ -917,8 +1003,9 @@ show("7-training")
 #
 # **Exercise 8.** (a) What is gained with PAPO_G? Is anything lost on `general`, where hints are as
 # good as in training? With which hints would you expect a loss? (b) In the run with too large a
-# gamma, which signal is the first to be twice what it was: KL_prcp or one of the entropies? Or is
-# the reward halved before? (c) What could one watch to stop such a run in time?
+# gamma, which of KL_prcp and the entropies come to be twice what they were, is the reward halved,
+# and at which steps? Compare with your neighbour: is the order the same? (c) What could one watch
+# to stop such a run in time?
 
 # %%
 # Your answer goes here.
@@ -932,34 +1019,39 @@ show("7-training")
 # hint is right 19 times out of 20: there a policy that looks, and misreads now and then, is worse
 # on `general` than one that repeats the hint.
 #
-# (b) KL_prcp is, as in the paper's figure 11; the entropies follow, and then the reward is halved
-# (`first_anomaly` of `plumbing/report/record.py` compares the mean of three steps with the median
-# before them). Most of what is rewarded here is to differ from the policy on the masked picture,
-# and a word without meaning differs as well.
+# (b) The printed line says it (`first_anomaly` of `plumbing/report/record.py` compares the mean of
+# three steps with the median before them). Most of what is rewarded here is to differ from the
+# policy on the masked picture, and a word without meaning differs as well: KL_prcp and the
+# entropies rise, and the reward falls. In figure 11 of the paper KL_prcp is first; on the toy the
+# order is another one from start to start, so it may be on another machine, and KL_prcp doubles in
+# sound runs too (`docs/metrics.md`).
 #
-# (c) KL_prcp, the entropies and the share of clipped tokens: `train.py` watches these four, and
-# prints a warning (the factors are in `plumbing/report/record.py`, `SIGNS_OF_COLLAPSE`).
+# (c) KL_prcp, the entropies, the share of clipped tokens and the reward: `train.py` watches these
+# five, and prints a warning (the factors are in `plumbing/report/record.py`, `SIGNS_OF_COLLAPSE`).
 #
 # ```python
 # from plumbing.report.record import first_anomaly
 #
 # first, last = {k: v[0] for k, v in runs.items()}, {k: v[-1] for k, v in runs.items()}
 # left = first_anomaly(runs["gamma too large"][1:], factor=2)
-# print("left at step:", left)
+# print("twice or half of what it was, from step:", left)
 # assert len({line["val_accuracy"] for line in first.values()}) == 1  # one warm start
 # assert not any("perception_kl" in line for line in runs["GRPO"])
 # assert all("perception_kl" in line for line in runs["gamma too large"][1:])
 # if not FAST:
 #     assert last["PAPO_G"]["val_accuracy"] > last["GRPO"]["val_accuracy"]
 #     assert last["PAPO_G"]["val_followed"] < first["PAPO_G"]["val_followed"]
-#     assert last["gamma too large"]["val_accuracy"] < 0.2
-#     assert left["perception_kl"] < min(left["entropy"], left["masked_entropy"], left["reward"])
+#     assert last["gamma too large"]["val_accuracy"] < first["gamma too large"]["val_accuracy"]
+#     assert left
 # ```
 #
 # </details>
 
+# %%
+took(7)
+
 # %% [markdown]
-# ## 8. When does looking pay? (minutes 85-90)
+# ## 8. When does looking pay? (minutes 80-90)
 #
 # Section 7 was one warm start and one seed. `bench/paper_on_a_laptop.py` asks the same of 27 warm
 # starts. Their last teachers repeat 12, 25 or 38 % of the hints without looking, and, where the
@@ -969,11 +1061,10 @@ show("7-training")
 # the number of claims. Nothing is trained here: the cell reads the results.
 
 # %%
-results = Path(papo.__file__).parent / "results" / "paper_on_a_laptop.json"
-results = json.loads(results.read_text())
-rows = [row for row in results["claims"] if row[0] == "The headline"]
-for _, claim, where, verdict, numbers, *_ in rows:
-    print(f"{verdict:<14} {claim}, {where}: {numbers}")
+results = json.loads((root / "results" / "paper_on_a_laptop.json").read_text())
+rows = [row for row in results["claims"] if row[0].startswith("The headline")]
+for part, claim, where, verdict, numbers, *_ in rows:
+    print(f"{part}: {claim}, {where}: {numbers}, {verdict}")
 looks = {}
 for name, start in results["starts"].items():
     a, b = (start[f"{picture}, hint right"]["looks"] for picture in ("picture", "masked"))
@@ -1011,15 +1102,22 @@ for name, start in results["starts"].items():
 # how the method works, not how much it helps a model with three billion.
 #
 # ```python
-# verdicts = {(claim, where): verdict for _, claim, where, verdict, *_ in rows}
-# assert verdicts["papo_g above grpo", "vision, c1.0 starts"] == "confirmed"
+# verdicts = {(part, claim, where): verdict for part, claim, where, verdict, *_ in rows}
+# assert verdicts["The headline, three seeds", "papo_g above grpo", "vision"] == "confirmed"
+# numbers = {where: row[4] for row in rows if "starts" in (where := row[2])}
+# assert "(+" in numbers["vision, c1.0 starts"]  # the interval, which no correction changes
+# assert "(-" in numbers["vision, c0.0 starts"]
 # assert all(a - b > 0.3 for name, (a, b) in looks.items() if name.startswith("c1.0"))
 # assert all(abs(a - b) < 0.1 for name, (a, b) in looks.items() if name.startswith("c0.0"))
 # assert "not confirmed" in verdicts.values()
 # ```
 #
 # </details>
-#
+
+# %%
+took(8)
+
+# %% [markdown]
 # **Where to go from here.** `loss.py`, `papo.py` and `train.py` are the method; you have now called
 # most of it. `docs/differences.md` lists where the paper and its released code differ. To try an
 # idea of your own, add a mask, a reward or a loss term; each is one function in one file.

@@ -5,9 +5,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from loss import PERCEPTION
@@ -213,6 +215,22 @@ def test_the_map_names_every_file():
     folders = ("plumbing/**", "toy", "bench", "variants", "fine_r1")
     there = {path.name for folder in folders for path in ROOT.glob(f"{folder}/*.py")}
     assert there - named == {"__init__.py", "__main__.py"}
+
+
+def test_every_place_names_the_same_pythons():
+    """Workflows run those that the README names; the style and the types are of the oldest."""
+    said = re.search(r"tried with Python ([\d., ]+)\)", (ROOT / "README.md").read_text())[1]
+    tried, settings = said.split(", "), tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert settings["ruff"]["target-version"] == f"py{tried[0].replace('.', '')}"
+    assert settings["mypy"]["python_version"] == tried[0]
+    assert [ROOT / name for name in settings["mypy"]["files"]] == TOP
+    assert re.search(r"FROM python:([\d.]+)-", (ROOT / "Dockerfile").read_text())[1] in tried
+    files = {path.stem: path.read_text() for path in ROOT.glob(".github/workflows/*.yml")}
+    named = [x for text in files.values() for x in re.findall(r'python-version: "(.+)"', text)]
+    matrix = yaml.safe_load(files["tests"])["jobs"]["default"]["strategy"]["matrix"]
+    assert matrix["python"] == tried and set(named) <= set(tried)
+    actions = [x for text in files.values() for x in re.findall(r"uses: (\S+)", text)]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions)
 
 
 def test_results_say_nothing_of_the_machine_they_come_from():

@@ -19,6 +19,7 @@ from plumbing.report.__main__ import main
 HOSTILE = "_<script>alert('x')</script>&amp;\"' $\\frac{1$"
 OPEN_TAGS = {"meta", "img", "br"}  # that nothing closes
 PICTURE = "iVBORw0KGgo="
+GAMMA_2 = "bench/controls.py --algo papo_g --gamma 2 --anneal_steps 0"
 
 
 class Reader(HTMLParser):
@@ -143,11 +144,12 @@ def test_a_run_that_has_just_begun_and_one_of_sft(tmp_path):
 def test_signs_of_a_collapse_are_named_with_their_step(tmp_path):
     out = a_run(tmp_path / "run")
     lines = [{"step": s, "reward": 0.5, "perception_kl": 0.1} for s in range(1, 30)]
-    written(out / "metrics.jsonl", *lines, {"step": 30, "reward": 0.1, "perception_kl": 3.0})
+    left = [{"step": s, "reward": 0.1, "perception_kl": 3.0} for s in (30, 31)]
+    written(out / "metrics.jsonl", *lines, *left)
     record.write_page(out)
     words = " ".join(" ".join(Reader(out / "report.html").words).split())
-    where = "left where it used to be at step 30"
-    assert f"Signs of a collapse: perception_kl {where}, reward {where}." in words
+    where = "left where it used to be at step"
+    assert f"Signs of a collapse: perception_kl {where} 30, reward {where} 31." in words
 
 
 def test_a_long_run_is_drawn_as_means(tmp_path):
@@ -201,6 +203,39 @@ def test_signs_of_a_collapse_are_found_in_long_runs_too():
     began = time.process_time()
     assert record.first_anomaly([line(step, False) for step in range(10_000)]) == {}
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("usual", [10.0, 0.6, 0.0, -0.4])
+def test_every_signal_is_judged_alike_and_as_early(usual):
+    """From the sixth step on; and a reward may be below 0, or change its sign."""
+    steps = range(1, 9)
+    for name, factor, floor in record.SIGNS_OF_COLLAPSE:
+        far = (1 if factor > 1 else -1) * 1.01 * max(abs((factor - 1) * usual), floor)
+        for move, left in ((far, {name: 6}), (-far, {}), (far / 2, {})):
+            lines = [{"step": s, name: usual + move * (s > 3)} for s in steps]
+            assert record.first_anomaly(lines) == left
+            assert len(record.collapse_warnings(lines[:6])) == len(left)
+        assert record.first_anomaly([{"step": s, name: usual} for s in steps]) == {}
+
+
+def test_signs_of_a_collapse_tell_the_runs_of_the_page():
+    """No sound run has any, and each that collapses has; and what docs/metrics.md says of them."""
+    runs = json.loads((ROOT / "results" / "paper_on_a_laptop.json").read_text())["runs"]
+    series = {"train.py --algo papo_g": [], GAMMA_2: []}
+    for run in runs:
+        by_step = [zip(run["series"], values) for values in zip(*run["series"].values())]
+        lines = [{"step": i} | dict(pairs) for i, pairs in enumerate(by_step, 1)]
+        kept = [{k: v for k, v in line.items() if v is not None} for line in lines]
+        series.get(run["command"], []).append(kept)
+    sound, gone = series.values()
+    assert len(sound) > 100 and len(gone) == 3
+    assert not any(map(record.first_anomaly, sound))
+    assert all("reward" in record.first_anomaly(lines) for lines in gone)
+    rises = lambda lines, name: sum(x[name] for x in lines[-3:]) > sum(x[name] for x in lines[:3])
+    assert all(rises(lines, "reward") and not rises(lines, "entropy") for lines in sound)
+    kl = [[line for line in lines if "perception_kl" in line] for lines in sound]
+    assert {rises(lines, "perception_kl") for lines in kl} == {True, False}
+    assert {"perception_kl" in record.first_anomaly(lines, 2) for lines in kl} == {True, False}
 
 
 def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path):

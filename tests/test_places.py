@@ -114,6 +114,7 @@ def test_a_short_training_without_what_only_linux_has(tmp_path, folder):
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_LINUX)
     out, log = tmp_path / "run", tmp_path / "log"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TAKEN_AWAY": str(log)}
+    environment["PATH"] = ""  # there is no git
     call(ROOT / "train.py", "--out", out, *SMALL, "--steps", 2, cwd=tmp_path, env=environment)
     lines = metrics(out)
     assert len(lines) == 2 and all(m["host_memory_gb"] > 0.1 for m in lines)

@@ -3,7 +3,7 @@ made of the same cells."""
 
 import json
 import re
-from datetime import datetime
+import sys
 
 import pytest
 from conftest import ROOT
@@ -56,18 +56,18 @@ def test_the_notebook_is_made_of_these_cells_and_shows_every_picture():
 
 @pytest.mark.prose
 def test_the_notebook_says_how_long_it_took():
-    """All cells at most 12 minutes on two cores, and each at most 3: what the last run took."""
-    cells, minutes = json.loads(NOTEBOOK.read_text())["cells"], []
-    for cell in (c for c in cells if c["cell_type"] == "code"):
-        times = [cell["metadata"]["execution"][f"iopub.status.{s}"] for s in ("busy", "idle")]
-        start, end = map(datetime.fromisoformat, times)
-        minutes.append((end - start).total_seconds() / 60)
-    assert max(minutes) <= 3 and sum(minutes) <= 12
-    about = re.search(r"all cells together take about (\w+) minutes", SCRIPT.read_text())[1]
-    assert abs(sum(minutes) - {"four": 4, "five": 5, "six": 6, "seven": 7}[about]) < 1
+    """Of computing, which a busy machine changes little: all of it, and nearly all in section 7."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    texts = ["".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", [])]
+    said = re.findall(r"section (\d): .* (\d+) seconds of computing", "\n".join(texts))
+    sections, seconds = zip(*(map(int, pair) for pair in said))
+    assert sections == tuple(range(1, 9)) and seconds[6] > 0.7 * sum(seconds)
+    about = re.search(r"compute for about (\w+) minutes", SCRIPT.read_text())[1]
+    assert abs(sum(seconds) / 60 - {"three": 3, "four": 4, "five": 5, "six": 6}[about]) < 1
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "exercises").exists(), reason="the lesson asks for its stubs")
 def test_it_runs_from_the_top_and_its_answers_hold(monkeypatch, tmp_path):
     """The same cells with fewer steps, each answer behind its exercise."""
     monkeypatch.setenv("WALKTHROUGH_FAST", "1")
@@ -75,8 +75,9 @@ def test_it_runs_from_the_top_and_its_answers_hold(monkeypatch, tmp_path):
     monkeypatch.setattr(masking, "MASKS", house)  # whatever a variant has entered in this process
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "walkthrough"}
+    names = {"__name__": "walkthrough", "__file__": str(SCRIPT)}  # from another folder
     for kind, source in CELLS:
         for code in [source] if kind == "code" else answers(source):
             exec(compile(code, SCRIPT.name, "exec"), names)

@@ -51,6 +51,7 @@ class Processes:
         self.rank = 0 if alone else int(os.environ.get("RANK", 0))
         self.first = self.rank == 0
         self.world = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        # A Mac's own GPU (MPS) is left alone, since nobody has tried it: there the CPU computes.
         cuda = torch.cuda.is_available() and not alone
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         self.sharded = cuda or self.world > 1  # one process on a CPU has no use for shards

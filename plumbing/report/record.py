@@ -13,6 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from shutil import which
 
 import psutil
 import torch
@@ -58,13 +59,13 @@ def write_config(out, cfg, rows=None, model=None):
     do, unless cfg.other_rows."""
     out.mkdir(parents=True, exist_ok=True)
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    git = subprocess.run(describe, capture_output=True, text=True)
+    git = subprocess.run(describe, capture_output=True, text=True) if which("git") else None
     installed = {p: version(p) for p in VERSIONS.split() if find_spec(MODULES.get(p, p))}
     about = {
         "config": dataclasses.asdict(cfg),
         "splits": DATA_SETS[cfg.val_data].splits if cfg.val_data in DATA_SETS else {},
         "command": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": (git and git.stdout.strip()) or None,
         "python": platform.python_version(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": installed,
@@ -169,28 +170,29 @@ def memory_gb():
     return {name: size / 1e9 for name, size in found.items()}
 
 
-# Figure 11 of the paper: how a run looks whose perception loss is being hacked. KL_prcp and the
-# clip fraction leave first, the entropies last. (metric, factor over its running median that is too
-# much, a value below which it is only noise.) KL_prcp moves most in sound runs.
+# Figure 11 of the paper: how a run looks whose perception loss is being hacked. (metric, the factor
+# of its running median that is too much, or below 1 too little; a change that is only noise.)
+# KL_prcp moves most in sound runs.
 SIGNS_OF_COLLAPSE = [
     ("perception_kl", 5.0, 0.05),
     ("clip_high_fraction", 3.0, 0.002),
     ("masked_entropy", 2.0, 0.1),
     ("entropy", 2.0, 0.1),
+    ("reward", 0.5, 0.1),
 ]
-
-
-RECENT, BEFORE, LEAST = 3, 50, 10  # steps
+RECENT, BEFORE, LEAST = 3, 50, 3  # steps
 
 
 def is_anomalous(metrics, sign):
-    """Has a signal left, by the newest of these lines? -> (bool, the mean of its last RECENT steps,
+    """Has a signal left, by the newest of these lines? What counts is the distance from the usual,
+    as a share of its size, so a reward may be below 0. -> (bool, the mean of its last RECENT steps,
     the median of up to BEFORE steps ahead of those, of which there must be LEAST)"""
     name, factor, floor = sign
     values = list(islice((m[name] for m in reversed(metrics) if name in m), RECENT + BEFORE))
     now, past = sum(values[:RECENT]) / RECENT, values[RECENT:]
     usual = statistics.median(past) if len(past) >= LEAST else math.inf
-    return now > max(factor * usual, floor), now, usual
+    moved = now - usual if factor > 1 else usual - now
+    return moved > max(abs((factor - 1) * usual), floor), now, usual
 
 
 def collapse_warnings(metrics):
@@ -209,20 +211,17 @@ def collapse_warnings(metrics):
 
 
 def first_anomaly(metrics, factor=None):
-    """Lines of a whole run -> {signal: the first step at which it had left, if it has}; the reward,
-    when it is below half of its best so far. factor: one for all signals; default: the warnings'"""
-    left, best = {}, 0.0
+    """Lines of a whole run -> {signal: the first step at which it had left, if it has}, in order of
+    steps. factor: one for all signals that rise, its inverse for the reward; default: the warnings'
+    """
+    left = {}
     for name, own, floor in SIGNS_OF_COLLAPSE:
-        sign, lines = (name, factor or own, floor), [line for line in metrics if name in line]
+        sign = name, (factor if own > 1 else 1 / factor) if factor else own, floor
+        lines = [line for line in metrics if name in line]
         for end in range(1, len(lines) + 1):
             if is_anomalous(lines[max(0, end - RECENT - BEFORE) : end], sign)[0]:
                 left[name] = lines[end - 1]["step"]
                 break
-    for line in metrics:
-        best = max(best, line["reward"])
-        if line["reward"] < best / 2:
-            left["reward"] = line["step"]
-            break
     return dict(sorted(left.items(), key=lambda item: item[1]))
 
 
