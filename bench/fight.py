@@ -212,6 +212,7 @@ def parts(runs):
         Part("Collapse", "what is above the same gamma, held, alone", hold, THREE, pairs=rescued),
         on_mask,
         tables,
+        by_number(papo),
         Part("How much gamma, and when", "a dose curve", {**doses, **held, **late}, THREE),
         Part(
             "The estimator, taken apart",
@@ -234,6 +235,28 @@ def parts(runs):
         says += "three starts must end at most 5 points below PAPO_G's own run there"
         found.append(Part("Is it held at any gamma?", says, again, THREE, (1, 2, 3, 4, 5)))
     return [*found, *all_methods(best)] if set(best) == set(METHODS) else found
+
+
+def by_number(papo):
+    """What one detail of docs/details.md is worth."""
+    fork = papo.replace("train.py", CONTROLS)
+    arms = {
+        "the mean of each pass": f"{fork} --mean passes --tokens_per_forward 1",
+        "ddof 0": f"{fork} --ddof 0",
+        "eps 0.1": f"{fork} --advantage_eps 0.1",
+        "no dual clip": f"{papo} --dual_clip 0",
+        "an idle first step": f"{fork} --idle_step",
+        "a mask a response": f"{fork} --mask_of response",
+        "mask raw": f"{papo} --mask raw",
+        "top_p 0.99": f"{papo} --top_p 0.99",
+        "no clamp": f"{papo} --kl_clamp 0",
+        "through pi_mask": f"{papo} --masked_branch grad",
+    }
+    says = """above PAPO_G as it is, or below, by the interval; where that has 0 in it, a detail is
+    not seen to matter here, whatever its mean. A pass of the first arm is one group"""
+    pairs = [Pair(k, "papo_g") for k in arms]
+    by = "Details by number", says, {"papo_g": papo, **arms}, THREE, (1, 2, 3), pairs
+    return Part(*by, later=True)
 
 
 def all_methods(best):
