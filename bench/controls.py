@@ -122,9 +122,7 @@ def average_passes():
 
     def in_passes(pairs, N, parts):
         def averaged(terms, scored, N, cfg):
-            n = len(pairs)
-            own = papo.Denominators(n * scored.sum(), n * scored.any(-1).sum())
-            return objective(terms, scored, own, cfg)
+            return objective(terms, scored, N._replace(tokens=len(pairs) * scored.sum()), cfg)
 
         papo.objective = averaged
         return update(pairs, N, parts)
