@@ -15,7 +15,7 @@ pi sees the picture, and pi_mask is the same policy on the masked picture (maski
 `objective` below is this formula with its signs turned, since an optimizer minimises.
 
 The paper prints one objective and its released code optimises another: --objective official (the
-default) and --objective paper. docs/differences.md lists every difference with its place.
+default) and --objective paper. docs/details.md lists every difference with its place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from policy import Scores
     from rollout import Group
 
-# What the paper prints where the released code does something else (docs/differences.md).
+# What the paper prints where the released code does something else (docs/details.md).
 PRINTED = dict(perception="printed", kl_clamp=0.0, masked_branch="grad", dual_clip=0.0)
 PRINTED |= dict(top_p=1.0, reward="paper")
 

@@ -1119,5 +1119,5 @@ took(8)
 
 # %% [markdown]
 # **Where to go from here.** `loss.py`, `papo.py` and `train.py` are the method; you have now called
-# most of it. `docs/differences.md` lists where the paper and its released code differ. To try an
+# most of it. `docs/details.md` lists where the paper and its released code differ. To try an
 # idea of your own, add a mask, a reward or a loss term; each is one function in one file.

@@ -1,9 +1,11 @@
 """What a reviewer asks paper_on_a_laptop.py to rule out, as a fork of train.py: other training
-data, other perception terms, other credit. None of it is meant for use.
+data, other perception terms, other credit, and details of docs/details.md done another way. None of
+it is meant for use.
 
     python bench/controls.py --algo papo_g --pictures black     # every flag of train.py, and more
 
-Signs are drawn anew in each process, so a run that uses them repeats only as a whole.
+Signs, and masks of single responses, are drawn anew in each process, so a run that uses them
+repeats only as a whole.
 """
 
 import math
@@ -20,9 +22,13 @@ import torch
 from PIL import Image
 
 import loss
+import masking
 import papo
 import train
+from fine_r1.tapo import part_of
+from plumbing.base import optimizer
 from plumbing.data.sources import DATA_SETS
+from plumbing.models.packing import join
 from plumbing.run import hooks
 from plumbing.run.config import Config, borrow, knob
 from toy.task import ToyData
@@ -110,6 +116,42 @@ def hold_pi_mask():
     papo.terms_of, train.score_only = terms_of, score_only
 
 
+def average_passes():
+    """The mean over tokens of each forward pass, then the mean over an update's passes."""
+    update, objective = train.update, papo.objective
+
+    def in_passes(pairs, N, parts):
+        def averaged(terms, scored, N, cfg):
+            return objective(terms, scored, N._replace(tokens=len(pairs) * scored.sum()), cfg)
+
+        papo.objective = averaged
+        return update(pairs, N, parts)
+
+    train.update = in_passes
+
+
+def divide_by(ddof, eps):
+    """Advantages over another standard deviation, whose square divides by G - ddof, plus eps."""
+    known = papo.group_advantages
+
+    def group_advantages(rewards):
+        G = rewards.shape[-1]
+        ratio = ((G - 1) / (G - ddof)) ** 0.5  # of this deviation to the sample one
+        return known(rewards, eps / ratio) / ratio
+
+    papo.group_advantages = group_advantages
+
+
+def idle(updates):
+    """A learning rate of 0 in the first updates, which AdamW's moments see all the same."""
+    optimizer.constant = lambda warmup: lambda update: float(update >= updates)
+
+
+def mask_each():
+    """A draw for each prompt of a pass, though several are the same one."""
+    masking.Masker.of_all = lambda masker, prompts, _: join([masker(p, DRAW) for p in prompts])
+
+
 class ChangedData(ToyData):
     """The toy's training questions, with other pictures or other hints."""
 
@@ -159,6 +201,17 @@ class Control(Config):
     hints: str = knob("own", "left out, or another's, in part", ["own", "dropped", "shuffled"])
     gamma_from: int = knob(0, "gamma is 0 before this step, and annealed from there", low=0)
     reference: str = knob("kl", "KL_ref as it is, or another", ["kl", "signed", "masked"])
+    mean: str = knob("update", "1/N: of an update, or of each pass", ["update", "passes"])
+    ddof: int = knob(1, "an advantage's variance divides by G - ddof", low=0, high=1)
+    advantage_eps: float = knob(1e-6, "what is added to its standard deviation", above=0)
+    idle_step: bool = knob(False, "the first step's updates have a learning rate of 0")
+    mask_of: str = knob("group", "a mask a group, or a response", ["group", "response"])
+
+    def regroup(self, groups):
+        if self.mask_of == "group":
+            return groups
+        every = [(g, slice(i, i + 1)) for g in groups for i in range(len(g.advantages))]
+        return [part_of(g, one, second=False) for g, one in every]
 
     def at_step(self, step):
         if step < self.gamma_from:
@@ -171,6 +224,14 @@ class Control(Config):
             papo.k3 = signed_reference
         if self.reference == "masked":
             hold_pi_mask()
+        if self.mean == "passes":
+            average_passes()
+        if (self.ddof, self.advantage_eps) != (1, 1e-6):
+            divide_by(self.ddof, self.advantage_eps)
+        if self.idle_step:
+            idle(self.prompts_per_step // self.prompts_per_update)
+        if self.mask_of == "response":
+            mask_each()
 
 
 @dataclass

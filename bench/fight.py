@@ -207,6 +207,7 @@ def parts(runs):
         Part("Collapse", "what is above the same gamma, held, alone", hold, THREE, pairs=rescued),
         on_mask,
         tables,
+        by_number(papo),
         Part("How much gamma, and when", "a dose curve", {**doses, **held, **late}, THREE),
         Part(
             "The estimator, taken apart",
@@ -243,6 +244,28 @@ def tables_of_the_paper(best, three):
     against.append(Pair("noisy with PAPO", "noisy"))
     says = "of the paper; the last two pairs were added after other runs of the part had been seen"
     return Part("Tables 2, 3, 8, 11", says, three | arms, THREE, (1,), against, later=True)
+
+
+def by_number(papo):
+    """What one detail of docs/details.md is worth."""
+    fork = papo.replace("train.py", CONTROLS)
+    arms = {
+        "the mean of each pass": f"{fork} --mean passes --tokens_per_forward 1",
+        "ddof 0": f"{fork} --ddof 0",
+        "eps 0.1": f"{fork} --advantage_eps 0.1",
+        "no dual clip": f"{papo} --dual_clip 0",
+        "an idle first step": f"{fork} --idle_step",
+        "a mask a response": f"{fork} --mask_of response",
+        "mask raw": f"{papo} --mask raw",
+        "top_p 0.99": f"{papo} --top_p 0.99",
+        "no clamp": f"{papo} --kl_clamp 0",
+        "through pi_mask": f"{papo} --masked_branch grad",
+    }
+    says = """above PAPO_G as it is, or below, by the interval; where that has 0 in it, a detail is
+    not seen to matter here, whatever its mean. A pass of the first arm is one group"""
+    pairs = [Pair(k, "papo_g") for k in arms]
+    by = "Details by number", says, {"papo_g": papo, **arms}, THREE, (1, 2, 3), pairs
+    return Part(*by, later=True)
 
 
 def all_methods(best):

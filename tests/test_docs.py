@@ -1,4 +1,5 @@
-"""The commands of README.md and docs/ are understood, and marked with the machine they need."""
+"""The commands of README.md and docs/ are understood, and marked with the machine they need; and
+the details of PAPO are held by tests."""
 
 import re
 import runpy
@@ -63,3 +64,24 @@ def has_flags(program, printed):
     words = [word for _, name, flags, _ in COMMANDS if name == program for word in flags]
     given, offered = {w for w in words if w.startswith("--")}, re.findall(r"--\w+", printed)
     assert "usage" in printed and given <= {"--help", *offered}, (program, given, printed)
+
+
+def test_each_detail_has_a_number_and_a_test_that_there_is():
+    """And the intervals that they quote are those of the runs."""
+    page = " ".join((ROOT / "docs" / "details.md").read_text().split())
+    text, _ = page.split("## VPPO", 1)
+    about, *details = re.split(r" (?=\d+\. \*\*)", text)
+    numbers = [int(detail.split(".")[0]) for detail in details]
+    assert numbers == [*range(1, len(details) + 1)]
+    assert about.startswith(f"# The {len(details)} details of PAPO ")
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    for number, detail in zip(numbers, details):
+        _, released, here, test, toy = re.split(r"\*Released|[Hh]ere:\*|\*Test:\*|\*Toy:\*", detail)
+        named = re.findall(r"`(test_\w+)`", test)
+        assert named and all(f"\ndef {name}(" in sources for name in named), number
+    listed = re.search(r"it changes ([\d, and]+) \(", about)[1]
+    printed = [n for n, detail in zip(numbers, details) if "--objective paper" in detail]
+    assert [int(n) for n in re.findall(r"\d+", listed)] == printed
+    runs = (ROOT / "results" / "paper_on_a_laptop.md").read_text()
+    spans = re.findall(r"[+-][\d.]+ \([+-][\d.]+ \.\. [+-][\d.]+\)", text)
+    assert len(spans) >= 6 and all(span in runs for span in spans)

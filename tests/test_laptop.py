@@ -201,6 +201,49 @@ assert all(a.images[0].tobytes() != b.images[0].tobytes() for a, b in zip(own, o
 assert 10 <= sum("friend" not in e.problem for e in rows(hints="dropped")) <= 30
 assert 5 <= sum(a.problem != b.problem for a, b in zip(own, rows(hints="shuffled"))) <= 30
 assert all(a.answer == b.answer for a, b in zip(own, rows(hints="shuffled")))
+
+import masking, papo, train
+from dataclasses import replace
+from plumbing.base import optimizer
+from plumbing.data.prompts import encode
+from plumbing.run.config import resolve
+from rollout import Group, Rollout
+from toy.model import processor, tokenizer
+
+assert optimizer.constant(0)(0) == 1
+controls.idle(2)
+assert [optimizer.constant(0)(update) for update in range(4)] == [0, 0, 1, 1]
+
+rewards = torch.tensor([1.0, 0.1, 0.1, 0.9]); away = rewards - rewards.mean()
+known = papo.group_advantages
+for ddof, eps in ((0, 0.1), (1, 0.1), (0, 1e-6)):
+    controls.divide_by(ddof, eps)
+    expected = away / (rewards.std(correction=ddof) + eps)
+    assert torch.allclose(papo.group_advantages(rewards), expected)
+    assert not torch.allclose(known(rewards), expected, rtol=0.01)
+    papo.group_advantages = known
+
+cfg = resolve(dict(model="toy", data="toy", algo="grpo", beta=0.0), False, controls.Control)[0]
+scored = [torch.tensor([[[True] * 3, [True, False, False]]]), torch.tensor([[[True, True, False]]])]
+values = [torch.arange(1.0, 7.0).view(1, 2, 3), torch.tensor([[[8.0, 12.0, 99.0]]])]
+terms = [papo.Terms(x, 0.0, 0.0, torch.zeros_like(x), 0.0, None, None, None) for x in values]
+train.update = lambda pairs, N, cfg: sum(papo.objective(*pair, N, cfg) for pair in pairs)
+asked = [*zip(terms, scored)], papo.Denominators(6, 3), cfg
+assert train.update(*asked) == (1 + 2 + 3 + 4 + 8 + 12) / 6
+controls.average_passes()
+assert train.update(*asked) == ((1 + 2 + 3 + 4) / 4 + (8 + 12) / 2) / 2
+
+prompt, masker = encode(own[0], tokenizer(), processor()), masking.Masker(cfg, processor())
+twice = lambda: masker.of_all([prompt] * 2, [(1, 2)] * 2).chunk(2)
+assert torch.equal(*twice())
+controls.mask_each()
+assert not torch.equal(*twice())
+rollout = Rollout(*([f"{name}{i}" for i in range(3)] for name in "abcd"))
+group = Group(7, 9, rollout, [{}] * 3, torch.arange(3.0))
+assert cfg.regroup([group]) == [group]
+parts = replace(cfg, mask_of="response").regroup([group])
+assert [(g.position, g.rollout.texts, g.advantages.tolist()) for g in parts] == [
+    (7, group.rollout.texts[i : i + 1], [float(i)]) for i in range(3)]
 """
     done = command("-c", code, cwd=ROOT / "bench")
     assert done.returncode == 0, done.stderr[-3000:]

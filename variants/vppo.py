@@ -17,7 +17,7 @@ min and max are over the responses of the optimizer batch, and beta_max is such 
 of the batch is 1. (The paper calls it dynamic and prints no formula; this is the released code's.)
 Where all responses look alike, alpha is 1. A weight has no gradient, and since it is not negative,
 it may as well be said to weigh the advantage, as the paper does. Beside that: eta1 is 0.06, the
-reward 0 or 1, G 8 and the mask ratio 0.5. docs/differences.md says what the paper leaves to the
+reward 0 or 1, G 8 and the mask ratio 0.5. docs/details.md says what the paper leaves to the
 reader, and where its released code differs.
 """
 

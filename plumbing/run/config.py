@@ -104,7 +104,7 @@ class Config:
     objective: str = knob(
         "official",
         "official: what the released code optimises; paper: what the paper prints "
-        "(docs/differences.md lists both)",
+        "(docs/details.md lists both)",
         ["official", "paper"],
         part="The objective; see papo.py",
     )
