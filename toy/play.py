@@ -32,7 +32,7 @@ from policy import Scores
 TEMPLATE = Path(__file__).with_suffix(".html")
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, ANIMATION = DOCS / "play.html", DOCS / "collapse.gif"
-CURVES = ["val_accuracy", "val_followed", "accuracy"]
+CURVES = ["val_accuracy", "val_followed"]
 
 # The question is how many red objects there are. With probability pi(3) the policy reads a number
 # off the picture, and is right 60 % of the time; with pi(4) it repeats the hint, which is right
@@ -119,10 +119,14 @@ def play(settings):
 
 def replay(folders):
     """What the page shows of runs: their questions, and of each its curves and, by step, the
-    responses, [reward, [(word, nats), ...]] each. Ends with a sentence if their questions differ"""
+    responses, as of `briefly`. Ends with a sentence if a folder holds no run, or one of other
+    questions or steps."""
     questions, runs = None, []
     for out in folders:
-        run, samples = load_run(out), []
+        try:
+            run, samples = load_run(out), []
+        except ValueError as error:
+            fail(error)
         for file in sorted((out / "samples").glob("*.json")):
             asked = json.loads(file.read_text("utf-8"))
             found = [{k: q[k] for k in ("problem", "answer", "pictures")} for q in asked]
@@ -134,6 +138,8 @@ def replay(folders):
         config = run["about"]["config"]
         kept = {name: config[name] for name in ("algo", "gamma", "seed", "steps")}
         runs.append(kept | {"curves": curves, "samples": samples})
+    if len({str([step for step, _ in run["samples"]]) for run in runs}) > 1:
+        fail(f"{folders[0]} and {folders[1]} have samples of other steps; train both to the end")
     return {"questions": questions, "runs": runs}
 
 
@@ -180,6 +186,7 @@ def animate(path, every=4):
         for axis, title, states in zip(figure.subplots(1, 4, sharey=True), titles, paths):
             axis.bar(TOKENS, states[step], color=COLOURS)
             axis.set(title=title, ylim=(0, 1))
+            axis.tick_params(labelsize=7)
         figure.supxlabel(f"update {step}")
         file = io.BytesIO()
         figure.savefig(file, dpi=80)
