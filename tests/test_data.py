@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import COPIES, SMALL, command
+from conftest import COPIES, ROOT, SMALL, command
 from PIL import Image, ImageFile
 
 from plumbing.base.processes import Processes
@@ -394,6 +396,25 @@ def test_39_000_rows_are_checked_in_a_minute_and_are_not_held_in_memory(tmp_path
     assert time.perf_counter() - start < 90
     after = psutil.Process().memory_info()
     assert (after.rss - after.shared) - (before.rss - before.shared) < 100e6  # files are shared
+
+
+@pytest.mark.slow
+def test_forty_pictures_of_ones_own_are_learned_as_the_page_says(tmp_path):
+    """docs/data.md: its script, its rows and its two commands, as they stand there."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    page = page[page.index("## Forty pictures") : page.index("## Files and splits")]
+    script, rows, commands = re.findall(r"```(?:python|json)?\n(.*?)```", page, re.S)
+    command("-c", script, cwd=tmp_path)
+    assert (tmp_path / "mine" / "train.jsonl").read_text().startswith(rows)
+    train, ask = (shlex.split(line)[1:] for line in commands.splitlines())
+    done = command(ROOT / train[0], *train[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "does not know" not in done.stdout
+    found = json.loads((tmp_path / "out" / "mine" / "evaluation.json").read_text())
+    before, after = (found[when]["test"]["accuracy"] for when in ("before", "after"))
+    assert before < 0.4 and after > before + 0.15
+    asked = command(ROOT / ask[0], *ask[1:], cwd=tmp_path)
+    assert len(re.findall("boxed", asked.stdout)) >= 4, asked.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from PIL import Image
 
 import eval as program
@@ -82,6 +82,13 @@ def test_averages_are_those_of_table_1():
         assert list(gains.values()) == pytest.approx(printed, abs=0.012), pair
     missing = by_set("GRPO-3B") | {"counting": None}
     assert list(macro({k: v for k, v in missing.items() if v})) == ["General"]
+
+
+def test_a_page_says_what_the_released_checkpoints_are_to_come_to():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| `PAPOGalaxy/\S+` \| (\S+) \| (.+) \|$", page, re.M)
+    assert len(rows) == 5
+    assert all([*map(float, x.split(" | "))] == TABLE_1[row][9:] for row, x in rows)
 
 
 def test_the_paired_test_is_the_textbook_one():
