@@ -26,16 +26,7 @@ from plumbing.base.common import Parser, fail, hold, may_write
 from plumbing.base.console import Bar, doing
 from plumbing.base.processes import Processes
 from plumbing.data.prompts import Example, encode_all
-from plumbing.data.sources import (
-    BENCHMARKS,
-    DATA_SETS,
-    benchmark,
-    check_name,
-    load,
-    name_and_split,
-    splits_of,
-    usable,
-)
+from plumbing.data.sources import BENCHMARKS, named_sets, open_sets, usable
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
 from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
@@ -47,7 +38,7 @@ from plumbing.report.responses import (
     by_question,
     summarise,
 )
-from plumbing.run.config import Config, resolve
+from plumbing.run.config import resolve
 from plumbing.run.setup import Parts, build_sampler, model_folder
 from reward import FORMS, REWARDS, boxed, score
 from rollout import Rollout, Sampler
@@ -155,54 +146,16 @@ def eval_parser() -> Parser:
     return p
 
 
-def names_of(args: Namespace) -> list[str]:
-    """The data sets of --data. Ends with a sentence on a name of which there can be none."""
-    if args.data == "all":
-        return list(BENCHMARKS)
-    names = [args.data] if Path(args.data).exists() else args.data.split(",")
-    for name in names:
-        check_name(name, "--data")
-    return names
-
-
-def open_sets(args: Namespace, cfg: Config) -> dict:
-    """{set: its examples}, opened and no more: before a model is downloaded for them"""
-    sets, asked = {}, FORMS[cfg.reward].instruction
-    for name, split in [(data, split) for data in names_of(args) for split in splits_of(data)]:
-        if name in BENCHMARKS:
-            data = benchmark(name, asked, args.data_root)
-            if len(data) != BENCHMARKS[name][1]:
-                print(f"note: {name} has {len(data)} questions, {BENCHMARKS[name][1]} in the paper")
-        else:
-            data = load(name, split, args.questions or 256, 0, cfg, asked)
-        path, given = name_and_split(name)
-        stem = f"{Path(path).stem}@{given}" if given else Path(path).stem
-        key = split if name in DATA_SETS else name if name in BENCHMARKS else stem
-        if key in sets:
-            fail(f"two sets are called {key}; evaluate them one at a time")
-        sets[key] = data
-    return sets
-
-
-def still_to_ask(sets: dict, most: int, cfg: Config, processors: tuple, done: dict) -> dict:
-    """{set: at most so many examples, without those that are answered}; done: {set: records}"""
-    left = {}
-    for key, data in sets.items():
-        data = usable(data, processors, cfg.max_prompt_tokens, cfg, Processes(alone=True))
-        known, whole = by_question(done.get(key, [])), min(most or len(data), len(data))
-        left[key] = [e for e in (data[i] for i in range(whole)) if e.id not in known]
-    return left
-
-
 def evaluate(args: Namespace) -> None:
     """Answer what is still to be answered, and print the table."""
-    cuda, first = torch.cuda.is_available(), names_of(args)[0]
+    cuda, first = torch.cuda.is_available(), named_sets(args.data)[0]
     asked = ("max_response_tokens", "reward", "columns")
     given = {k: getattr(args, k) for k in asked if getattr(args, k)}
     flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
     cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
     cfg.check(1, cuda)
-    sets = open_sets(args, cfg)
+    instruction, size = FORMS[cfg.reward].instruction, args.questions or 256
+    sets = open_sets(args.data, size, cfg, instruction, args.data_root)
     folder = model_folder(args.model)
     processors = load_processors(folder, cfg)
     blind = "-blind" if args.blind else ""
@@ -215,8 +168,11 @@ def evaluate(args: Namespace) -> None:
     may_write(out.parent)
     hold(out)
     done, cfg = answered(out, settings), replace(cfg, out=str(out.parent))
-    sets, sampler = still_to_ask(sets, args.questions, cfg, processors, done), None
-    grader = Grader()
+    alone, grader, sampler = Processes(alone=True), Grader(), None
+    for key, data in sets.items():
+        data = usable(data, processors, cfg.max_prompt_tokens, cfg, alone)
+        known, whole = by_question(done.get(key, [])), range(len(data))[: args.questions]
+        sets[key] = [e for e in map(data.__getitem__, whole) if e.id not in known]
     if any(sets.values()):
         vlm, banned = None, banned_tokens(folder, processors[0])
         if cfg.sampler == "hf":

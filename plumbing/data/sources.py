@@ -315,6 +315,34 @@ def benchmark(name, instruction="", root=None):
     return opened(name, read)
 
 
+def named_sets(data):
+    """The data sets of eval.py's --data, a list. Ends with a sentence on one that cannot be."""
+    if data == "all":
+        return list(BENCHMARKS)
+    names = [data] if Path(data).exists() else data.split(",")
+    for name in names:
+        check_name(name, "--data")
+    return names
+
+
+def open_sets(data, size, cfg, instruction, root):
+    """{what a set is called: its examples} of named_sets(data), opened as by load, no row looked at
+    yet; root: as of benchmark"""
+    sets = {}
+    for name, split in [(one, split) for one in named_sets(data) for split in splits_of(one)]:
+        path, given = name_and_split(name)
+        key = split if name in DATA_SETS else f"{Path(path).stem}@{given}".removesuffix("@")
+        if key in sets:
+            fail(f"two sets are called {key}; evaluate them one at a time")
+        if name not in BENCHMARKS:
+            sets[key] = load(name, split, size, 0, cfg, instruction)
+            continue
+        sets[key], paper = benchmark(name, instruction, root), BENCHMARKS[name][1]
+        if (n := len(sets[key])) != paper:
+            say(f"note: {name} has {n} questions, {paper} in the paper")
+    return sets
+
+
 def unzipped(file):
     """Download a set's pictures from the hub and unpack them beside the download, once."""
     import zipfile
@@ -327,6 +355,7 @@ def unzipped(file):
 
 def opened(name, read):
     """read() -> the data set of this name. Ends with a sentence if it cannot be read."""
+    check_name(name, "data")
     try:
         with fetching(f"opening {name}"):
             return read()
