@@ -108,7 +108,7 @@ TERM = [
     ("papo.py", "from loss import", "from loss import squared\n"),
     ("papo.py", "    high: Tensor  # bool", "    squared: Tensor\n"),
     ("papo.py", "high, low, None)", "squared(logp), "),
-    ("papo.py", "high, low, clamped & with", "squared(logp), "),
+    ("papo.py", "high, low, clamped & with", "squared(logp),\n        "),
     ("papo.py", "        - cfg.gamma * terms", "        + cfg.delta * terms.squared\n"),
     ("papo.py", '    sums |= {"clip_high', '    sums |= {"squared": total(terms.squared)}\n'),
     ("plumbing/run/config.py", "    gamma: float", '    delta: float = knob(0.0, "mine")\n'),
