@@ -157,7 +157,9 @@ def test_rescore_and_compare(answered, tmp_path):
     done = run("--rescore", out, "--out", tmp_path / "again.jsonl")
     assert row_of("vision", done) == row_of("vision", stdout)
     better = written(tmp_path / "better.jsonl", [{**r, "accuracy": 1.0} for r in lines_of(out)])
-    row = row_of("vision", run("--compare", out, better))
+    said = run("--compare", out, better)
+    row = row_of("vision", said)
+    assert said.startswith(f"first: {out}, second: {better}\n")
     assert float(row[2]) == 100 and float(row[7]) < 0.05
     assert float(row[3]) == pytest.approx(100 - float(row[1]), abs=0.01)
 
