@@ -4,6 +4,7 @@
     python eval.py --model M --data geo3k,mathvista      # or all nine of the paper, or a file
     python eval.py --compare grpo.jsonl papo.jsonl       # a paired test over questions
     python eval.py --rescore papo.jsonl                  # grade saved responses again
+    python eval.py --model M --ask a.png "what is it ?"  # words shaded by KL(pi || pi_mask)
 
 Writes one JSON line a response, and goes on where it stopped when it is called again. Averages over
 sets are the paper's: every set weighs the same (Table 1).
@@ -12,7 +13,7 @@ sets are the paper's: every set weighs the same (Table 1).
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,17 +24,9 @@ import torch
 import toy.task  # noqa: F401  registers the data set "toy"
 from plumbing.base.common import Parser, fail, hold, may_write
 from plumbing.base.console import Bar, doing
+from plumbing.base.processes import Processes
 from plumbing.data.prompts import Example, encode_all
-from plumbing.data.sources import (
-    BENCHMARKS,
-    DATA_SETS,
-    Rows,
-    benchmark,
-    left_out,
-    load,
-    splits_of,
-    without,
-)
+from plumbing.data.sources import BENCHMARKS, named_sets, open_sets, usable
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
 from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
@@ -45,7 +38,7 @@ from plumbing.report.responses import (
     by_question,
     summarise,
 )
-from plumbing.run.config import Config, resolve
+from plumbing.run.config import resolve
 from plumbing.run.setup import Parts, build_sampler, model_folder
 from reward import FORMS, REWARDS, boxed, score
 from rollout import Rollout, Sampler
@@ -148,41 +141,21 @@ def eval_parser() -> Parser:
     add("--out", help="JSON lines of every response; default: eval-<data>.jsonl beside the model")
     add("--compare", nargs=2, metavar="FILE", help="compare two files of responses; no model")
     add("--rescore", metavar="FILE", help="grade a file of responses again; no model")
+    shaded = "n responses, their words shaded by how much they depend on the picture"
+    add("--ask", nargs=2, metavar=("PICTURE", "QUESTION"), help=shaded)
     return p
-
-
-def examples_of(args: Namespace, cfg: Config, processors: tuple, out: Path, done: dict) -> dict:
-    """{set: the examples that are still to be answered}; done: {set: records of those that are}"""
-    sets, asked = {}, FORMS[cfg.reward].instruction
-    names = [args.data] if Path(args.data).exists() else args.data.split(",")
-    names = list(BENCHMARKS) if args.data == "all" else names
-    for name, split in [(data, split) for data in names for split in splits_of(data)]:
-        if name in BENCHMARKS:
-            data = benchmark(name, asked, args.data_root)
-        else:
-            data = load(name, split, args.questions or 256, 0, cfg, asked)
-        if isinstance(data, Rows):
-            faults = data.faults(processors[0], processors[1], cfg.max_prompt_tokens)
-            left_out(out.parent, data, faults)
-            if name in BENCHMARKS and len(data) != BENCHMARKS[name][1]:
-                print(f"note: {name} has {len(data)} questions, {BENCHMARKS[name][1]} in the paper")
-            data = without(data, faults)
-        key = split if name in DATA_SETS else name if name in BENCHMARKS else Path(name).stem
-        if key in sets:
-            fail(f"two sets are called {key}; evaluate them one at a time")
-        known, whole = by_question(done.get(key, [])), min(args.questions or len(data), len(data))
-        sets[key] = [e for e in (data[i] for i in range(whole)) if e.id not in known]
-    return sets
 
 
 def evaluate(args: Namespace) -> None:
     """Answer what is still to be answered, and print the table."""
-    cuda, first = torch.cuda.is_available(), args.data.split(",")[0]
+    cuda, first = torch.cuda.is_available(), named_sets(args.data)[0]
     asked = ("max_response_tokens", "reward", "columns")
     given = {k: getattr(args, k) for k in asked if getattr(args, k)}
     flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
     cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
     cfg.check(1, cuda)
+    instruction, size = FORMS[cfg.reward].instruction, args.questions or 256
+    sets = open_sets(args.data, size, cfg, instruction, args.data_root)
     folder = model_folder(args.model)
     processors = load_processors(folder, cfg)
     blind = "-blind" if args.blind else ""
@@ -194,8 +167,12 @@ def evaluate(args: Namespace) -> None:
     settings |= {"model": str(args.model)} | {k: getattr(cfg, k) for k in same.split()}
     may_write(out.parent)
     hold(out)
-    done = answered(out, settings)
-    sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None
+    done, cfg = answered(out, settings), replace(cfg, out=str(out.parent))
+    alone, grader, sampler = Processes(alone=True), Grader(), None
+    for key, data in sets.items():
+        data = usable(data, processors, cfg.max_prompt_tokens, cfg, alone)
+        known, whole = by_question(done.get(key, [])), range(len(data))[: args.questions]
+        sets[key] = [e for e in map(data.__getitem__, whole) if e.id not in known]
     if any(sets.values()):
         vlm, banned = None, banned_tokens(folder, processors[0])
         if cfg.sampler == "hf":
@@ -239,6 +216,10 @@ def main():
         fail("--model is needed, or --compare or --rescore; see --help")
     if args.n < 1 or args.questions is not None and args.questions < 1:
         fail(f"--n {args.n} --questions {args.questions}: both must be at least 1")
+    if args.ask:
+        from plumbing.report.ask import show
+
+        return show(args.model, *args.ask, args.n, args.out)
     evaluate(args)
 
 

@@ -138,6 +138,8 @@ TAGGED = Form(
     well_tagged,
     named=True,
 )
+# No word of it, for a model that answers in a box unasked: the toy knows none of BOXED's words.
+BARE = BOXED._replace(instruction="")
 
 
 def rule(name: str, form: Form = BOXED) -> Callable:
@@ -165,4 +167,10 @@ def paper(graded: Graded) -> float:
 @rule("tagged", TAGGED)
 def class_name(graded: Graded) -> float:
     """For the name of a class in tags; the whole answer has to be that name."""
+    return official(graded)
+
+
+@rule("bare", BARE)
+def unasked(graded: Graded) -> float:
+    """For a model that needs no instruction."""
     return official(graded)

@@ -228,7 +228,7 @@ def test_nothing_evaluates(monkeypatch):
 
 def test_the_folder_imports_nothing_else_of_the_project():
     files = sorted((ROOT / "plumbing" / "grading").glob("*.py"))
-    ours = "|".join(path.stem for path in ROOT.glob("*.py"))
-    imports = rf"^(?:from|import) (?:{ours}|toy|plumbing(?!\.grading\b))"
+    ours = "loss|papo|masking|policy|rollout|reward|train|eval"
+    imports = rf"^(?:from|import) (?:{ours}|toy|plumbing(?!\.grading))\b"
     assert len(files) >= 5
     assert not [f.name for f in files if re.search(imports, f.read_text(), re.M)]

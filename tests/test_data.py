@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import COPIES, SMALL, command
+from conftest import COPIES, ROOT, SMALL, command
 from PIL import Image, ImageFile
 
 from plumbing.base.processes import Processes
@@ -259,13 +261,16 @@ def test_rows_to_validate_on_that_are_trained_on_are_named(tmp_path, capsys):
     train = Rows(parquet(tmp_path / "train.parquet", rows[:4]), "train")
     # The same text with another picture is another question; a picture is its bytes.
     other = rows[1] | {"images": rows[2]["images"]}
-    held_out = Rows(parquet(tmp_path / "test.parquet", [rows[4], rows[3], other, rows[0]]), "test")
+    parquet(tmp_path / "test.parquet", [rows[4], rows[3], other, rows[0]])
+    held_out = Rows(f"{tmp_path}@test", "train")  # one folder's splits share a name
     text = [row | {"images": [base64.b64encode(row["images"][0]).decode()]} for row in rows]
     text = [text[5], text[2], text[3] | {"problem": None}]
     texts = Rows(jsonl(tmp_path / "text.jsonl", text), "train")
-    for data, same in ((held_out, "2 of 4 rows of test"), (texts, "1 of 3 rows of text")):
+    folder = f"2 of 4 rows of {tmp_path.name}"
+    for data, same in ((held_out, folder), (texts, "1 of 3 rows of text")):
         sources.warn_of_shared_rows(without(train, {}), without(data, {2}))
-        assert f"{same} are in train too, the first is row 1" in capsys.readouterr().out
+        named = f"{same} ({data.split}) are in train (train) too, the first is row 1"
+        assert named in capsys.readouterr().out
     sources.warn_of_shared_rows(without(train, {}), without(held_out, {1, 3}))
     assert capsys.readouterr().out == ""
 
@@ -321,7 +326,7 @@ def test_rows_that_cannot_be_used_are_found_by_arithmetic(tmp_path, processors, 
     exact = len(encode(data[5], *processors).ids)
     assert data.faults(*processors, exact, slice(5, 6)) == {}
     assert "more than" in data.faults(*processors, exact - 1, slice(5, 6))[5]
-    with pytest.raises(SystemExit, match="none of the 6 rows of rows can be used"):
+    with pytest.raises(SystemExit, match=r"none of the 6 rows of rows can be used \(row 0: no\)"):
         left_out(tmp_path, data, {i: "no" for i in range(6)})
 
 
@@ -335,8 +340,10 @@ def test_words_that_the_tokenizer_lacks_are_named(processors, cfg, tmp_path, cap
         where = replace(cfg, out=str(tmp_path))
         assert len(usable(data, processors, 256, where, Processes(alone=True))) == len(some)
         said = capsys.readouterr().out
-        assert ("does not know 2 words" in said) == (name == "unknown")
+        assert ("does not know 2 words of unknown" in said) == (name == "unknown")
+        assert "3 words of the instruction behind every problem (--reward bare has none)" in said
     assert "ball, magenta" in said
+    assert FORMS["bare"] == FORMS["official"]._replace(instruction="")
 
 
 def test_files_that_cannot_be_read_are_named_before_a_model_is_looked_for(tmp_path, monkeypatch):
@@ -346,7 +353,11 @@ def test_files_that_cannot_be_read_are_named_before_a_model_is_looked_for(tmp_pa
     jsonl(tmp_path / "differ" / "a.jsonl", [{"problem": "?", "answer": "3", "images": []}])
     jsonl(tmp_path / "differ" / "b.jsonl", [{"other": "x"}])
     (tmp_path / "broken.jsonl").write_text("{'not': json}\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "none.json").write_text("[]")
     for name, why in {
+        "empty.jsonl": "cannot be read .it holds no rows",
+        "none.json": "cannot be read .it holds no rows",
         "lacks.jsonl": "has no column images, problem; it has question, answer .--columns",
         "differ": "cannot be read .*column names don't match",
         "broken.jsonl": "cannot be read .*JSON parse error",
@@ -354,6 +365,21 @@ def test_files_that_cannot_be_read_are_named_before_a_model_is_looked_for(tmp_pa
         flags = {"model": "toy", "data": str(tmp_path / name), "out": str(tmp_path / "run")}
         with pytest.raises(SystemExit, match=why):
             setup.setup(resolve(flags, False)[0])
+
+
+def test_names_are_looked_at_before_anything_is_opened(tmp_path, monkeypatch):
+    jsonl(tmp_path / "birds" / "train.jsonl", [{}])
+    monkeypatch.chdir(tmp_path)
+    check = lambda name: resolve({"model": "toy", "data": name}, False)[0].check(1, False)
+    for name in ("birds@train", "./birds@train", f"{tmp_path}/birds@train", "geo3k", "me/geo3kk"):
+        check(name)
+    for name, why in {
+        "./brids@train": "--data ./brids@train: there is no such file or folder",
+        "rows.jsonl": "there is no such file or folder, seen from",
+        "geo3kk": "there is no data set or file of that name; geo3k may be meant",
+    }.items():
+        with pytest.raises(SystemExit, match=why):
+            check(name)
 
 
 @pytest.mark.slow
@@ -370,6 +396,25 @@ def test_39_000_rows_are_checked_in_a_minute_and_are_not_held_in_memory(tmp_path
     assert time.perf_counter() - start < 90
     after = psutil.Process().memory_info()
     assert (after.rss - after.shared) - (before.rss - before.shared) < 100e6  # files are shared
+
+
+@pytest.mark.slow
+def test_forty_pictures_of_ones_own_are_learned_as_the_page_says(tmp_path):
+    """docs/data.md: its script, its rows and its two commands, as they stand there."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    page = page[page.index("## Forty pictures") : page.index("## Files and splits")]
+    script, rows, commands = re.findall(r"```(?:python|json)?\n(.*?)```", page, re.S)
+    command("-c", script, cwd=tmp_path)
+    assert (tmp_path / "mine" / "train.jsonl").read_text().startswith(rows)
+    train, ask = (shlex.split(line)[1:] for line in commands.splitlines())
+    done = command(ROOT / train[0], *train[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "does not know" not in done.stdout
+    found = json.loads((tmp_path / "out" / "mine" / "evaluation.json").read_text())
+    before, after = (found[when]["test"]["accuracy"] for when in ("before", "after"))
+    assert before < 0.4 and after > before + 0.15
+    asked = command(ROOT / ask[0], *ask[1:], cwd=tmp_path)
+    assert len(re.findall("boxed", asked.stdout)) >= 4, asked.stderr[-3000:]
 
 
 @pytest.mark.slow

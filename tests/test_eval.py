@@ -2,23 +2,27 @@
 
 import base64
 import contextlib
+import html
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from PIL import Image
 
 import eval as program
 import train
 from plumbing.data.prompts import Example
 from plumbing.data.sources import BENCHMARKS
+from plumbing.report.ask import painted
 from plumbing.report.compare import compare, paired_test, relative_gain, rescore
 from plumbing.report.responses import accuracy_table, macro, read, summarise
 from rollout import Rollout
+from toy.task import ToyData
 
 
 def record(question, accuracy, format=1.0, finished=True):
@@ -78,6 +82,13 @@ def test_averages_are_those_of_table_1():
         assert list(gains.values()) == pytest.approx(printed, abs=0.012), pair
     missing = by_set("GRPO-3B") | {"counting": None}
     assert list(macro({k: v for k, v in missing.items() if v})) == ["General"]
+
+
+def test_a_page_says_what_the_released_checkpoints_are_to_come_to():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| `PAPOGalaxy/\S+` \| (\S+) \| (.+) \|$", page, re.M)
+    assert len(rows) == 5
+    assert all([*map(float, x.split(" | "))] == TABLE_1[row][9:] for row, x in rows)
 
 
 def test_the_paired_test_is_the_textbook_one():
@@ -146,7 +157,9 @@ def test_rescore_and_compare(answered, tmp_path):
     done = run("--rescore", out, "--out", tmp_path / "again.jsonl")
     assert row_of("vision", done) == row_of("vision", stdout)
     better = written(tmp_path / "better.jsonl", [{**r, "accuracy": 1.0} for r in lines_of(out)])
-    row = row_of("vision", run("--compare", out, better))
+    said = run("--compare", out, better)
+    row = row_of("vision", said)
+    assert said.startswith(f"first: {out}, second: {better}\n")
     assert float(row[2]) == 100 and float(row[7]) < 0.05
     assert float(row[3]) == pytest.approx(100 - float(row[1]), abs=0.01)
 
@@ -161,8 +174,35 @@ def test_blind_is_a_black_picture(answered, tmp_path):
     assert texts(out, "vision") != texts(black, "vision")
 
 
+def test_a_question_about_ones_own_picture(folder, tmp_path):
+    """The words in the terminal are those of the page, which shows the picture and what is masked
+    of it; a darker word depends on it more."""
+    picture, page = tmp_path / "a.png", tmp_path / "page.html"
+    ToyData("vision", 1)[0].images[0].save(picture)
+    asked = ["--ask", picture, "how many circles are there ?", "--n", 2, "--out", page]
+    lines = run("--model", folder, *asked).splitlines()
+    text = page.read_text()
+    found = re.findall('<span style="--s:(.+?)" title=".+? nats">(.*?)</span>', text, re.S)
+    assert len(lines) == 3 and lines[2] == f"written: {page}"
+    assert html.unescape("".join(word for _, word in found)) == "".join(lines[:2])
+    assert text.count("data:image/png") == 2 and "how many circles" in text
+    assert len({shade for shade, _ in found}) > 1 and "reward" not in text
+    coloured = painted([("a", 0.0, 0.0), ("b\x1b", 3.0, 1.0)], True)
+    assert "48;2;255;255;255ma" in coloured and "48;2;255;140;0mb\\x1b\x1b[0m" in coloured
+    with pytest.raises(SystemExit, match="--ask: example b.png: .* is no file"):
+        run("--model", folder, "--ask", tmp_path / "b.png", "what ?")
+
+
+def test_a_checkpoint_of_a_script_of_ones_own_gets_a_sentence(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"reward": "brief"}}')
+    (tmp_path / "checkpoint-1").symlink_to(folder)
+    with pytest.raises(SystemExit, match="--reward brief is not among .*import SCRIPT, eval"):
+        run("--model", tmp_path / "checkpoint-1")
+
+
 def test_bad_input(folder, tmp_path):
     for flags, words in (
+        (["--model", "/nowhere", "--data", "toy,geo3kk"], "--data geo3kk: .* geo3k may be meant"),
         (["--model", "/nowhere"], "there is no such folder"),
         (["--n", "2"], "--model"),
         (["--model", "toy", "--n", "0"], "at least 1"),

@@ -3,6 +3,7 @@ trains; and what may be hung into a step (plumbing/run/hooks.py)."""
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -73,6 +74,9 @@ def test_a_script_of_ones_own_trains(tmp_path):
     assert (cfg["algo"], cfg["mask"], cfg["reward"]) == ("gentle", "left", "brief")
     assert (cfg["beta"], cfg["gamma"], cfg["eta1"], cfg["push"]) == (0.0, 0.003, 0.001, 0.5)
     assert (cfg["perception"], cfg["loss_mean"]) == ("printed", "sequence")
+    flags = ["--model", out / "checkpoint-2", *"--n 1 --questions 2 --sampler hf".split()]
+    done = command("-c", "import fork, eval; eval.main()", *flags, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and "vision" in done.stdout, done.stderr[-3000:]
     for m in lines:
         assert "ref_kl" not in m and m["perception_kl"] > 0 and m["token_weight"] == 0.5
         # The toy's responses are a few hundred characters at the most.
@@ -96,6 +100,46 @@ def test_a_mask_that_masks_nothing_has_no_perception_loss(tmp_path, folder, monk
     parts = one_run(tmp_path, folder, mask="none", prompts_per_step=2)
     # In a step of one update pi_mask has its very weights.
     assert abs(train.train_step(parts, train.Progress())["perception_kl"]) < 1e-9
+
+
+# A loss term of one's own: (file, in front of what it stands there, what is added).
+TERM = [
+    ("loss.py", "def policy_logits", "def squared(logp):\n    return logp.square()\n\n\n"),
+    ("papo.py", "from loss import", "from loss import squared\n"),
+    ("papo.py", "    high: Tensor  # bool", "    squared: Tensor\n"),
+    ("papo.py", "high, low, None)", "squared(logp), "),
+    ("papo.py", "high, low, clamped & with", "squared(logp),\n        "),
+    ("papo.py", "        - cfg.gamma * terms", "        + cfg.delta * terms.squared\n"),
+    ("papo.py", '    sums |= {"clip_high', '    sums |= {"squared": total(terms.squared)}\n'),
+    ("plumbing/run/config.py", "    gamma: float", '    delta: float = knob(0.0, "mine")\n'),
+]
+
+
+@pytest.mark.slow
+def test_what_a_fork_adds_leaves_the_tests_of_the_house_green(tmp_path):
+    """A loss term in the places that the README's row names, a variant, a script in the folder."""
+    row = next(x for x in (ROOT / "README.md").read_text().splitlines() if "| a loss term" in x)
+    for name in ("loss.py", "papo.Terms", "terms_of", "objective", "plumbing/run/config.py"):
+        assert f"`{name}`" in row
+    project = tmp_path / "fork"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+    for name, place, added in TERM:
+        text = (project / name).read_text()
+        assert text.count(place) == 1, place
+        (project / name).write_text(text.replace(place, added + place))
+    for path in ("s.py", "variants/mine.py"):
+        (project / path).write_text(FORK)
+    tests = [f"tests/test_{name}.py" for name in ("house", "docs", "answers", "waiting")]
+    chosen = ["-k", "house or docs or nothing_else or mine"]
+    done = command("-m", "pytest", "-q", "-n0", *tests, *chosen, cwd=project)
+    assert done.returncode == 0, done.stdout[-3000:]
+    losses = []
+    for delta in ("0", "0.5"):
+        out, flags = tmp_path / delta, ["--steps", 1, "--prompts_per_update", 4, "--val_data", ""]
+        command("train.py", *SMALL, *flags, "--out", out, "--delta", delta, cwd=project)
+        losses += [(m["loss"], m["squared"]) for m in metrics(out)]
+    (without, squared), (with_it, _) = losses
+    assert with_it - without == pytest.approx(0.5 * squared, rel=1e-3) and squared > 0.01
 
 
 # --------------------------------------------------------------------------------------- the hooks

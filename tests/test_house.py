@@ -42,6 +42,7 @@ def loaded_by_train():
     return [len(open(name).read().splitlines()) for name in done.stdout.split()]
 
 
+@pytest.mark.prose  # a fork may grow
 def test_the_house_is_small():
     """What each part has, and what it may have at the most; these numbers may fall."""
     loaded = loaded_by_train()
@@ -150,6 +151,7 @@ def test_public_functions_of_the_top_have_types(path):
             assert plain or a.annotation, (function.name, a.arg)
 
 
+@pytest.mark.prose  # a fork registers more
 def test_help_and_readme_offer_what_the_registries_hold():
     actions = {action.dest: action for action in parser()._actions}
     readme = (ROOT / "README.md").read_text()

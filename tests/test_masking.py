@@ -246,8 +246,8 @@ def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
 
 
 def test_a_model_that_is_no_dinov2_gets_one_sentence(folder, processors):
-    message = "error: --semantic_model .* is not a DINOv2 with layers 6 to 9"
-    for name in ("/nowhere", str(folder)):
-        with pytest.raises(SystemExit, match=message):
+    lacks, nowhere = "is not a DINOv2 with layers 6 to 9", "is neither a folder here nor reachable"
+    for name, why in {"/nowhere": nowhere, str(folder): lacks}.items():
+        with pytest.raises(SystemExit, match=f"error: --semantic_model {name} {why}"):
             Saliency(name, processors[1])
     assert list(DINO_LAYERS) == [6, 7, 8, 9]

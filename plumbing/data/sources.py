@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,25 @@ def splits_of(name):
 def validation_split(name):
     """The split of a data set that a run watches while it trains."""
     return DATA_SETS[name].validation if name in DATA_SETS else "test"
+
+
+def name_and_split(given):
+    """name@split -> (name, split); split is "" where none is given."""
+    name, _, split = given.rpartition("@")
+    return (name, split) if name and not Path(given).exists() else (given, "")  # of any name
+
+
+def check_name(given, what):
+    """End with a sentence if nothing can be opened by this name: it looks like a path to nothing,
+    or, as no name on the hub does, it is nearly one of those known here. what: the flag"""
+    name, _ = name_and_split(given)
+    if name in DATA_SETS or name in BENCHMARKS or Path(name).exists():
+        return
+    if name.startswith((".", "/")) or name.endswith(tuple(READERS)):
+        fail(f"{what} {given}: there is no such file or folder, seen from {Path.cwd()}")
+    near = [] if "/" in name else get_close_matches(name, [*DATA_SETS, *BENCHMARKS], 1, 0.75)
+    if near:
+        fail(f"{what} {given}: there is no data set or file of that name; {near[0]} may be meant")
 
 
 def open_rows(name, split, given=""):
@@ -164,10 +184,10 @@ class Rows:
     limit = "prompt tokens are more than --max_prompt_tokens"
 
     def __init__(self, name, split, columns=COLUMNS, root=None, called=None, instruction=""):
-        name, given = str(name), ""
-        if "@" in name and not Path(name).exists():  # a path may have any name
-            name, _, given = name.rpartition("@")
+        name, given = name_and_split(str(name))
         rows, path = open_rows(name, split, given), Path(name)
+        if not len(rows):
+            raise ValueError("it holds no rows")
         self.name, self.columns, self.split = called or path.stem, columns, given or split
         self.root = Path(root) if root else path if path.is_dir() else path.parent
         self.instruction = instruction
@@ -295,6 +315,34 @@ def benchmark(name, instruction="", root=None):
     return opened(name, read)
 
 
+def named_sets(data):
+    """The data sets of eval.py's --data, a list. Ends with a sentence on one that cannot be."""
+    if data == "all":
+        return list(BENCHMARKS)
+    names = [data] if Path(data).exists() else data.split(",")
+    for name in names:
+        check_name(name, "--data")
+    return names
+
+
+def open_sets(data, size, cfg, instruction, root):
+    """{what a set is called: its examples} of named_sets(data), opened as by load, no row looked at
+    yet; root: as of benchmark"""
+    sets = {}
+    for name, split in [(one, split) for one in named_sets(data) for split in splits_of(one)]:
+        path, given = name_and_split(name)
+        key = split if name in DATA_SETS else f"{Path(path).stem}@{given}".removesuffix("@")
+        if key in sets:
+            fail(f"two sets are called {key}; evaluate them one at a time")
+        if name not in BENCHMARKS:
+            sets[key] = load(name, split, size, 0, cfg, instruction)
+            continue
+        sets[key], paper = benchmark(name, instruction, root), BENCHMARKS[name][1]
+        if (n := len(sets[key])) != paper:
+            say(f"note: {name} has {n} questions, {paper} in the paper")
+    return sets
+
+
 def unzipped(file):
     """Download a set's pictures from the hub and unpack them beside the download, once."""
     import zipfile
@@ -307,11 +355,14 @@ def unzipped(file):
 
 def opened(name, read):
     """read() -> the data set of this name. Ends with a sentence if it cannot be read."""
+    check_name(name, "data")
     try:
         with fetching(f"opening {name}"):
             return read()
     except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
         why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        if isinstance(error, StopIteration) or "corresponds to no data" in why:  # of empty files
+            why = "it holds no rows"
         files = "a parquet, json or jsonl file or a folder of them"
         fail(f"data {name!r} cannot be read ({why}); give a hub name, {files}")
 
@@ -336,9 +387,7 @@ def usable(data, processors, longest, cfg, processes, second=()):
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults)
-        if unknown := unknown_words(data, processors[0]):
-            words = f"{len(unknown)} words of {data.name}, such as {', '.join(unknown[:5])}"
-            say(f"warning: the model's tokenizer does not know {words}: all are the same to it")
+        warn_of_unknown_words(data, processors[0])
     return without(data, faults)
 
 
@@ -368,20 +417,27 @@ def left_out(out, data, faults):
     file = out / f"left_out-{data.name}-{data.split}.jsonl"
     lines = [json.dumps({"row": i, "why": faults[i]}) + "\n" for i in sorted(faults)]
     write_atomically(file, "".join(lines))
+    first = "row {}: {}".format(*min(faults.items()))
     if len(faults) == len(data):
-        fail(f"none of the {len(data)} rows of {data.name} can be used; {file} says why")
+        fail(f"none of the {len(data)} rows of {data.name} can be used ({first}); {file} says why")
     alike = Counter(re.sub(r"[\d.]+|\(.*\)", "N", why) for why in faults.values())
     counted = "; ".join(f"{n} x {why}" for why, n in alike.most_common())
-    say(f"{len(faults)} of {len(data)} rows of {data.name} are left out: {counted}; see {file}")
+    left = f"{len(faults)} of {len(data)} rows of {data.name} are left out"
+    say(f"{left}: {counted}; {first}; see {file}")
 
 
-def unknown_words(data, tok):
-    """The words of Rows for which a tokenizer, such as the toy's, has one token for all."""
+def warn_of_unknown_words(data, tok):
+    """Say for which words of Rows, and of the instruction behind their problems, a tokenizer, such
+    as the toy's, has one token for all."""
     if tok.unk_token_id is None:
-        return []
+        return
     said = [f"{p.removesuffix(data.instruction)} {a}" for p, a in filter(None, data.texts())]
-    words = dict.fromkeys(" ".join(said).replace(IMAGE, " ").split())
-    return [word for word in words if tok.unk_token_id in tok(word)["input_ids"]]
+    asked = "the instruction behind every problem (--reward bare has none)"
+    for what, text in {data.name: " ".join(said), asked: data.instruction}.items():
+        words = dict.fromkeys(text.replace(IMAGE, " ").split())
+        if unknown := [word for word in words if tok.unk_token_id in tok(word)["input_ids"]]:
+            words = f"{len(unknown)} words of {what}, such as {', '.join(unknown[:5])}"
+            say(f"warning: the model's tokenizer does not know {words}: all are the same to it")
 
 
 def warn_of_shared_rows(train, held_out):
@@ -401,6 +457,7 @@ def warn_of_shared_rows(train, held_out):
     known = {found for _, found in contents(train)}
     if same := [index for index, found in contents(held_out) if found in known]:
         one, other = train.dataset, held_out.dataset
-        shared = f"{len(same)} of {len(other)} rows of {other.name} are in {one.name} too"
+        known, asked = (f"{data.name} ({data.split})" for data in (one, other))
+        shared = f"{len(same)} of {len(other)} rows of {asked} are in {known} too"
         trained = "the policy is trained on what it is validated on"
         say(f"warning: {shared}, the first is row {same[0]}: {trained}")

@@ -1,6 +1,7 @@
 """What DINOv2 looks at, for semantic-aware masking (appendix G of the paper, Eq. 4 to 6)."""
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,8 @@ class Saliency:
             self.dino = dino.eval().requires_grad_(False).to(device)
             self.layers = [dino.encoder.layer[i].attention for i in DINO_LAYERS]
         except (OSError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, OSError) and not Path(name).is_dir():
+                fail(f"--semantic_model {name} is neither a folder here nor reachable on the hub")
             lacks = f"is not a DINOv2 with layers {DINO_LAYERS[0]} to {DINO_LAYERS[-1]}"
             fail(f"--semantic_model {name} {lacks} ({first_line(error)})")
 

@@ -63,7 +63,7 @@ def compare(first, second):
         gain = percent(after[s] - before[s], form="+.2f")
         relative = f"{gains[s]:+.2f} %" if s in gains else ""
         rows.append([s, *accuracies, gain, *tests.get(s, ["", ""]), relative])
-    return responses.aligned(rows)
+    return [f"first: {first}, second: {second}", *responses.aligned(rows)]
 
 
 def rescore(path, out, kind="official"):

@@ -80,13 +80,14 @@ def answered(out, settings):
     return sets
 
 
-def as_trained(folder):
-    """Sampling, limits and columns of the run that a checkpoint folder belongs to; else {}."""
+def as_trained(folder, more=""):
+    """Sampling, limits and columns of the run that a checkpoint folder belongs to; else {}. more:
+    names of other settings"""
     if not Path(folder).name.startswith("checkpoint-"):
         return {}
     cfg = read_json(Path(folder).parent / "config.json").get("config", {})
     names = "temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels dtype "
-    names += "reward columns hint_right"
+    names += f"reward columns hint_right {more}"
     return {k: cfg[k] for k in names.split() if k in cfg}
 
 

@@ -25,12 +25,10 @@ from masking import MASKS
 from papo import ALGORITHMS
 from plumbing.base.common import Parser, fail, read_json
 from plumbing.base.logs import LOGS, check_log
-from plumbing.data.sources import MMK12, VIRL39K
+from plumbing.data.sources import MMK12, VIRL39K, check_name
 from plumbing.models.families import TOYS
 from plumbing.models.weights import whole_model
 from reward import REWARDS
-
-FILE_ENDINGS = (".json", ".jsonl", ".parquet")  # of what cannot be a name on the hub
 
 
 def knob(default, help, choices=None, part=None, **bounds):
@@ -48,6 +46,12 @@ def borrow(name, **differs):
     (known,) = (f for f in dataclasses.fields(Config) if f.name == name)
     default = differs.pop("default", known.default)
     return field(default=default, metadata={**known.metadata, "part": None, **differs})
+
+
+def choices_of(field):
+    """What a knob can be, now that every name is registered; None for anything."""
+    choices = field.metadata["choices"]
+    return choices() if callable(choices) else choices and list(choices)
 
 
 def algorithms():
@@ -150,7 +154,7 @@ class Config:
     reward: str = knob(
         "official",
         "official: 0.9 accuracy + 0.1 format; paper: accuracy, 0 or 1; tagged: as official, for "
-        "the name of a class in <answer>",
+        "the name of a class in <answer>; bare: as official, without an instruction",
         REWARDS,
     )
 
@@ -481,13 +485,13 @@ def resolve(flags, cuda, kind=Config):
 def check_knobs(cfg, cuda):
     """End with a sentence on knobs out of bounds, and on what no program that has them can do."""
     for f in dataclasses.fields(cfg):
-        check_bounds(f.name, getattr(cfg, f.name), f.metadata)
+        check_bounds(f.name, value := getattr(cfg, f.name), f.metadata)
+        if value and (known := choices_of(f)) and value not in known:  # argparse saw only flags
+            own = "python -c 'import SCRIPT, eval; eval.main()' evaluates with a script of your own"
+            fail(f"--{f.name} {value} is not among {', '.join(known)}; {own} that registers it")
     check_log(cfg.log)
     for name in ("data", "val_data"):
-        given = getattr(cfg, name)
-        looks_like_a_path = given.startswith((".", "/")) or given.endswith(FILE_ENDINGS)
-        if looks_like_a_path and not Path(given).exists():
-            fail(f"--{name} {given}: there is no such file or folder, seen from {Path.cwd()}")
+        check_name(getattr(cfg, name), f"--{name}")
     if cfg.model not in TOYS and Path(cfg.model).is_dir():
         whole_model(Path(cfg.model))
     elif cfg.model.startswith((".", "/")):
@@ -548,16 +552,16 @@ def parser(settings=Config, description=PAPO):
     shown = "show every setting and where it comes from; nothing else is done"
     p.add_argument("--print_config", action="store_true", help=shown)
     for f in dataclasses.fields(settings):
-        help, choices, part = (f.metadata[k] for k in ("help", "choices", "part"))
+        help, part = (f.metadata[k] for k in ("help", "part"))
         group = p.add_argument_group(part) if part else group
         if f.type is bool:
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
         else:
             if f.default != "" and "default" not in help:
                 help += f" [{f.default:g}]" if f.type is float else f" [{f.default}]"
-            choices = choices() if callable(choices) else choices and list(choices)
-            kind = None if choices else f.type.__name__
-            group.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help, metavar=kind)
+            known = choices_of(f)
+            kind = None if known else f.type.__name__
+            group.add_argument(f"--{f.name}", type=f.type, choices=known, help=help, metavar=kind)
     return p
 
 
