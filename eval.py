@@ -22,7 +22,7 @@ import torch
 
 import toy.task  # noqa: F401  registers the data set "toy"
 from plumbing.base.common import Parser, fail, hold, may_write
-from plumbing.base.console import Bar, doing
+from plumbing.base.console import Bar
 from plumbing.data.prompts import Example, encode_all
 from plumbing.data.sources import (
     BENCHMARKS,
@@ -36,7 +36,7 @@ from plumbing.data.sources import (
 )
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
-from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
+from plumbing.models.weights import load_processors
 from plumbing.report.responses import (
     accuracy_table,
     answered,
@@ -46,7 +46,7 @@ from plumbing.report.responses import (
     summarise,
 )
 from plumbing.run.config import Config, resolve
-from plumbing.run.setup import Parts, build_sampler, model_folder
+from plumbing.run.setup import Parts, lone_sampler, model_folder
 from reward import FORMS, REWARDS, boxed, score
 from rollout import Rollout, Sampler
 
@@ -197,11 +197,7 @@ def evaluate(args: Namespace) -> None:
     done = answered(out, settings)
     sets, grader, sampler = examples_of(args, cfg, processors, out, done), Grader(), None
     if any(sets.values()):
-        vlm, banned = None, banned_tokens(folder, processors[0])
-        if cfg.sampler == "hf":
-            with doing(f"loading {folder}", aloud=True):
-                vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu")
-        sampler = build_sampler(cfg, folder, vlm, processors, banned)
+        sampler = lone_sampler(cfg, folder, processors)
     with open(out, "a", encoding="utf-8") as file:
         for key, examples in sets.items():
             plan = Asking(args.n, (args.seed, "eval", key), args.blind)
