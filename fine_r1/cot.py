@@ -42,10 +42,10 @@ TEACHER, ENCODER = "Qwen/Qwen2.5-VL-32B-Instruct", "intfloat/e5-large-v2"
 CHAIN = (
     "\n\nThis is a picture of a {label} , and its visual features are: {concepts}\nAnswer the "
     "question as if you had to find out. Analyse the features; they lead to at most four "
-    "candidates of one family. Compare these, look for what tells them apart, and predict. Write the "
-    "analysis between <analysis> and </analysis>, the candidates between <options> and </options>, the "
-    "comparison between <comparison> and </comparison>, and the predicted name, without anything "
-    "else, between <prediction> and </prediction>."
+    "candidates of one family. Compare these, look for what tells them apart, and predict. Write "
+    "the analysis between <analysis> and </analysis>, the candidates between <options> and "
+    "</options>, the comparison between <comparison> and </comparison>, and the predicted name, "
+    "without anything else, between <prediction> and </prediction>."
 )
 PARTS = "analysis", "options", "comparison", "prediction"
 FORM = re.compile(r"\s*".join(rf"<{part}>\s*([^<\s][^<]*)</{part}>" for part in PARTS))

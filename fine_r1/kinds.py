@@ -37,7 +37,7 @@ WORDS = [*TURNS, "system", *birds.vocabulary()]  # that the base knows
 # writes another crest otherwise. What the hasty one does wrong is there to be mended.
 WITH_CARE, IN_HASTE = (0.0, 0.0), (0.4, 0.3)
 UPDATES, A_TIME = 320, 16  # of supervised learning; pictures in each
-CHAINS = 24  # updates in which the base becomes a teacher
+CHAINS = 70  # updates in which the base becomes a teacher
 
 
 def taught_answer(bird, rng, teacher, instruction):
