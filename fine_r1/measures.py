@@ -64,25 +64,12 @@ def included(text, label):
 def relative_similarity(encode, answers, labels, category):
     """Eq. (5) of each answer -> [float]. Ends with a sentence where a label is the category."""
     texts = list(dict.fromkeys([*answers, *labels, category]))
-    place = {text: i for i, text in enumerate(texts)}
-    features = encode(texts)
-    answer, label = (features[[place[x] for x in column]] for column in (answers, labels))
-    similarity, least = (answer * label).sum(-1), label @ features[place[category]]
+    features = dict(zip(texts, encode(texts)))
+    answer, label = (torch.stack([features[x] for x in column]) for column in (answers, labels))
+    similarity, least = (answer * label).sum(-1), label @ features[category]
     if (least > 1 - 1e-6).any():
         fail(f"--category {category} is a label; give what all labels are kinds of")
     return ((similarity - least) / (1 - least)).clamp(min=0).tolist()
-
-
-def measure(records, encode=None, category=""):
-    """Records of one set -> the same with `inclusion`, and with an encoder `similarity`. A response
-    without <answer> is taken as a whole, as in the released evaluation."""
-    answers, labels = [tagged(r["predict"]) or r["predict"] for r in records], []
-    labels = [r["label"] for r in records]
-    measured = [r | {"inclusion": float(included(*x))} for r, *x in zip(records, answers, labels)]
-    if encode:
-        similar = relative_similarity(encode, answers, labels, category)
-        measured = [r | {"similarity": x} for r, x in zip(measured, similar)]
-    return measured
 
 
 def main():
@@ -98,12 +85,16 @@ def main():
     encode = TextEncoder(args.encoder, device) if args.encoder else None
     names, rows = ["accuracy", "inclusion", *["similarity"] * bool(encode)], []
     for key, records in read(args.file).items():
-        row, measured = [key], measure(records, encode, args.category)
+        # Without <answer> a response is taken as a whole, as in the released evaluation.
+        answers = [tagged(r["predict"]) or r["predict"] for r in records]
+        labels, row = [r["label"] for r in records], [key]
+        values = {"inclusion": map(float, map(included, answers, labels))}
+        if encode:
+            values["similarity"] = relative_similarity(encode, answers, labels, args.category)
+        measured = [r | dict(zip(values, x)) for r, x in zip(records, zip(*values.values()))]
         for name in names:
             means = [sum(v) / len(v) for v in by_question(measured, name).values()]
-            row += (
-                [percent(sum(means) / len(means)), percent(*interval(means))] if means else ["", ""]
-            )
+            row += [percent(sum(means) / len(means)), percent(*interval(means))]
         rows.append(row)
     heads = [text for name in names for text in (name, "95 % interval")]
     print("\n".join(aligned([["set", *heads], *rows])))
