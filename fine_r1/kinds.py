@@ -32,6 +32,7 @@ from toy.model import new_policy, processor, save_once, tokenizer
 
 TURNS = ("user", "assistant")
 WORDS = [*TURNS, "system", *birds.vocabulary()]  # that the base knows
+KINDS = list(birds.BIRDS.values())
 
 # How often a teacher names a kind of the family at random, without the crest; and how often it
 # writes another crest otherwise. What the hasty one does wrong is there to be mended.
@@ -55,7 +56,7 @@ def bird_lessons(index, teacher):
     """Lessons on one picture -> [Example with turns]. A teacher of None only describes it, which is
     how a small tower learns to see, and says in words which bird looks how."""
     rng = random.Random(f"lesson/{index}")
-    bird = rng.choice(list(birds.BIRDS.values()))
+    bird = rng.choice(KINDS)
     shown, ground = birds.draw_bird(bird, rng)
     looks = birds.in_words(bird)
     taught = [
@@ -75,10 +76,10 @@ def bird_lessons(index, teacher):
     ]
 
 
-def chain_lessons(index):
+def chain_lessons(index, kinds=KINDS):
     """Lessons on one picture in what fine_r1/cot.py asks a teacher -> [Example with turns]"""
     rng = random.Random(f"chain/{index}")
-    bird = rng.choice(list(birds.BIRDS.values()))
+    bird = rng.choice(kinds)
     shown, looks = birds.draw_bird(bird, rng)[0], birds.in_words(bird)
     features = " ; ".join(rng.sample(looks.split(" ; "), 2))
     hint = cot.CHAIN.format(label=bird.name, concepts=features)
@@ -138,14 +139,18 @@ def learn_base(folder, updates=UPDATES):
     return save_once((policy.vlm, *processors), folder)
 
 
-def learn_teacher(base, folder, updates=CHAINS):
+def lessons_in_chains(k):
+    """What the teacher is taught in update k."""
+    return [lesson for i in range(8 * k, 8 * k + 8) for lesson in chain_lessons(i)]
+
+
+def learn_teacher(base, folder, updates=CHAINS, lessons=lessons_in_chains):
     """A teacher for fine_r1/cot.py -> folder: the base, which sees and knows all kinds, taught with
     care to answer what is asked there."""
     processors = tokenizer([*WORDS, *words_of_chains()]), processor()
     policy = policy_of(processors[0])
     for name, p in load_vlm(base).named_parameters():  # words that are new have rows of their own
         policy.vlm.get_parameter(name).data[: len(p)] = p.data
-    lessons = lambda k: [e for i in range(8 * k, 8 * k + 8) for e in chain_lessons(i)]
     learn(policy, processors, lessons, updates, updates // 2)
     return save_once((policy.vlm, *processors), folder)
 
@@ -188,8 +193,7 @@ def question_rows(seed, split, kinds, options):
 
 def files_of_birds(seed=0):
     """{name of a file: its rows}; settings are to be chosen on `val`."""
-    kinds = list(birds.BIRDS.values())
-    seen, unseen = ([bird for bird in kinds if bird.seen == wanted] for wanted in (True, False))
+    seen, unseen = ([bird for bird in KINDS if bird.seen == wanted] for wanted in (True, False))
     return {
         "sft": [sft_row(seed, bird) for bird in seen],
         "train": [triplet_row(seed, bird, i) for i in range(SHOTS) for bird in seen],
