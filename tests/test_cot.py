@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from test_kinds import recognise
 
-from fine_r1 import birds, cot, kinds, measures, sft
+from fine_r1 import birds, cot, kinds, measures, probe, sft
 from fine_r1.concepts import listed, select
 from plumbing.data.pictures import original_bytes
 from plumbing.data.sources import Rows
@@ -238,3 +238,20 @@ def test_the_similarity_is_relative_to_the_category(encoder, tmp_path, monkeypat
     assert [heads.split()[i] for i in (1, 5, 9)] == ["accuracy", "inclusion", "similarity"]
     assert line.split()[:2] == ["kinds", "0.0"] and " 66.7 " in line
     assert f" {100 * sum(similar) / 3:.1f} " in line
+
+
+def test_the_probe_names_what_a_linear_classifier_can_tell(pictures, monkeypatch, capsys):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(40) % 2
+    x = torch.randn(40, 3, generator=g)
+    x[:, 1] = 100 + 9 * (y - 0.5) + x[:, 1]
+    assert probe.probe(x[:20], y[:20], x[20:], y[20:]) == 1
+    assert probe.probe(x[:20, :1], y[:20], x[20:, :1], y[20:]) < 0.8
+    words = ["probe.py", "toy", "toy-qwen3", "--train", str(pictures), "--test", str(pictures)]
+    monkeypatch.setattr(sys, "argv", words)
+    probe.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["model", "vision", "tower", "language", "model"]] + [
+        [model, "100.0", "100.0"]
+        for model in ("toy", "toy-qwen3")  # of what it has learned
+    ]
