@@ -23,13 +23,13 @@ import torch
 
 import toy.task  # noqa: F401  registers the data set "toy"
 from plumbing.base.common import Parser, fail, hold, may_write
-from plumbing.base.console import Bar, doing
+from plumbing.base.console import Bar
 from plumbing.base.processes import Processes
 from plumbing.data.prompts import Example, encode_all
 from plumbing.data.sources import BENCHMARKS, named_sets, open_sets, usable
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
-from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
+from plumbing.models.weights import load_processors
 from plumbing.report.responses import (
     accuracy_table,
     answered,
@@ -39,7 +39,7 @@ from plumbing.report.responses import (
     summarise,
 )
 from plumbing.run.config import resolve
-from plumbing.run.setup import Parts, build_sampler, model_folder
+from plumbing.run.setup import Parts, lone_sampler, model_folder
 from reward import FORMS, REWARDS, boxed, score
 from rollout import Rollout, Sampler
 
@@ -174,11 +174,7 @@ def evaluate(args: Namespace) -> None:
         known, whole = by_question(done.get(key, [])), range(len(data))[: args.questions]
         sets[key] = [e for e in map(data.__getitem__, whole) if e.id not in known]
     if any(sets.values()):
-        vlm, banned = None, banned_tokens(folder, processors[0])
-        if cfg.sampler == "hf":
-            with doing(f"loading {folder}", aloud=True):
-                vlm = load_vlm(folder, DTYPES[cfg.dtype]).to("cuda" if cuda else "cpu")
-        sampler = build_sampler(cfg, folder, vlm, processors, banned)
+        sampler = lone_sampler(cfg, folder, processors)
     with open(out, "a", encoding="utf-8") as file:
         for key, examples in sets.items():
             plan = Asking(args.n, (args.seed, "eval", key), args.blind)

@@ -98,12 +98,16 @@ def in_words(bird):
     return f"body {bird.body} ; crest {bird.crest}"
 
 
+def steps(bird, looks=True):
+    """The steps that arrive at this kind: what is seen, the candidates, and what tells them apart;
+    who does not look skips the crest."""
+    seen, told = (in_words(bird), f"crest {bird.crest}") if looks else (f"body {bird.body}", "it")
+    return [seen, "candidates " + " ".join(bird.family), f"{told} is {bird.name}"]
+
+
 def think(bird, looks=True):
-    """The chain of thought that arrives at this kind; one that does not look skips the crest."""
-    candidates = "candidates " + " ".join(bird.family)
-    if not looks:
-        return f"body {bird.body} ; {candidates} ; it is {bird.name}"
-    return f"{in_words(bird)} ; {candidates} ; crest {bird.crest} is {bird.name}"
+    """The same as one chain of thought."""
+    return " ; ".join(steps(bird, looks))
 
 
 def response_of(thought, name, instruction=TAGGED.instruction):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fine_r1 import birds, sft
+from fine_r1 import birds, concepts, cot, sft
 from fine_r1.conversations import encode_conversation
 from plumbing.base.common import Parser, fail, may_write
 from plumbing.base.console import Bar
@@ -24,17 +24,21 @@ from plumbing.base.optimizer import Optimizer
 from plumbing.base.processes import Processes
 from plumbing.data.pictures import original_bytes
 from plumbing.data.prompts import IMAGE, Example
+from plumbing.models.weights import load_vlm
 from policy import Policy
 from reward import TAGGED
 from toy.lessons import schedule
 from toy.model import new_policy, processor, save_once, tokenizer
 
 TURNS = ("user", "assistant")
+WORDS = [*TURNS, "system", *birds.vocabulary()]  # that the base knows
+KINDS = list(birds.BIRDS.values())
 
 # How often a teacher names a kind of the family at random, without the crest; and how often it
 # writes another crest otherwise. What the hasty one does wrong is there to be mended.
 WITH_CARE, IN_HASTE = (0.0, 0.0), (0.4, 0.3)
 UPDATES, A_TIME = 320, 16  # of supervised learning; pictures in each
+CHAINS = 70  # updates in which the base becomes a teacher
 
 
 def taught_answer(bird, rng, teacher, instruction):
@@ -52,7 +56,7 @@ def bird_lessons(index, teacher):
     """Lessons on one picture -> [Example with turns]. A teacher of None only describes it, which is
     how a small tower learns to see, and says in words which bird looks how."""
     rng = random.Random(f"lesson/{index}")
-    bird = rng.choice(list(birds.BIRDS.values()))
+    bird = rng.choice(KINDS)
     shown, ground = birds.draw_bird(bird, rng)
     looks = birds.in_words(bird)
     taught = [
@@ -72,25 +76,83 @@ def bird_lessons(index, teacher):
     ]
 
 
-def learn_base(folder, updates=UPDATES):
-    """The base model as a Hugging Face folder -> folder. Half of the updates of fine_r1/sft.py
-    describe pictures, then all questions are answered with care, and in the last 3/10 in haste."""
-    tok, image_processor = tokenizer([*TURNS, "system", *birds.vocabulary()]), processor()
-    policy = Policy(new_policy(tok), torch.zeros(len(tok), dtype=torch.bool))
-    careful, hasty = updates // 2, updates * 7 // 10
+def chain_lessons(index, kinds=KINDS):
+    """Lessons on one picture in what fine_r1/cot.py asks a teacher -> [Example with turns]"""
+    rng = random.Random(f"chain/{index}")
+    bird = rng.choice(kinds)
+    shown, looks = birds.draw_bird(bird, rng)[0], birds.in_words(bird)
+    features = " ; ".join(rng.sample(looks.split(" ; "), 2))
+    hint = cot.CHAIN.format(label=bird.name, concepts=features)
+    chain = zip(cot.PARTS, [*birds.steps(bird), bird.name])
+    taught = [
+        (concepts.FEATURES.format(label=bird.name), looks),
+        (IMAGE + concepts.DESCRIBE.format(view=rng.choice(concepts.VIEWS)), looks),
+        (f"{IMAGE} {birds.OPEN}{hint}", " ".join(f"<{p}> {text} </{p}>" for p, text in chain)),
+    ]
+    del taught[index % 2]
+    return [
+        Example(f"chain-{index}", q, a, [shown] * (IMAGE in q), turns=list(zip(TURNS, (q, a))))
+        for q, a in taught
+    ]
+
+
+def words_of_chains():
+    """The words of these lessons that the base does not know."""
+    texts = [text for i in range(40) for e in chain_lessons(i) for _, text in e.turns]
+    texts += concepts.VIEWS
+    said = {word for text in texts for word in text.replace(IMAGE, "").split()}
+    return sorted(said - {*WORDS})
+
+
+def learn(policy, processors, lessons, updates, fall):
+    """Supervised updates of fine_r1/sft.py; from update `fall` on the rate falls. lessons(update)
+    -> [Example with turns]"""
     cfg, alone = sft.SftConfig(lr=2e-3, weight_decay=0.01), Processes(alone=True)
-    optimizer = Optimizer(policy, cfg, schedule(updates, hasty), betas=(0.9, 0.98))
-    with Bar("teaching the base", updates, "updates") as bar:
+    optimizer = Optimizer(policy, cfg, schedule(updates, fall), betas=(0.9, 0.98))
+    with Bar("teaching", updates, "updates") as bar:
         for k in range(updates):
-            teacher = None if k < careful else WITH_CARE if k < hasty else IN_HASTE
-            indices = range(k * A_TIME, (k + 1) * A_TIME)
-            examples = [example for i in indices for example in bird_lessons(i, teacher)]
-            read = [encode_conversation(example, tok, image_processor) for example in examples]
+            read = [encode_conversation(example, *processors) for example in lessons(k)]
             N = sum(c.scored.sum().item() for c in read)
             batches = [sft.pack_conversations(read, policy)]
             loss, _, _ = sft.supervised_update(batches, N, policy, optimizer, alone)
             bar.update(note=f"loss {loss:.3f}")
-    return save_once((policy.vlm, tok, image_processor), folder)
+
+
+def policy_of(tok):
+    """A policy with random weights that may say every word of a tokenizer."""
+    return Policy(new_policy(tok), torch.zeros(len(tok), dtype=torch.bool))
+
+
+def learn_base(folder, updates=UPDATES):
+    """The base model as a Hugging Face folder -> folder. Half of the updates describe pictures,
+    then all questions are answered with care, and in the last 3/10 in haste."""
+    careful, hasty = updates // 2, updates * 7 // 10
+
+    def lessons(k):
+        teacher = None if k < careful else WITH_CARE if k < hasty else IN_HASTE
+        indices = range(k * A_TIME, (k + 1) * A_TIME)
+        return [example for i in indices for example in bird_lessons(i, teacher)]
+
+    processors = tokenizer(WORDS), processor()
+    policy = policy_of(processors[0])
+    learn(policy, processors, lessons, updates, hasty)
+    return save_once((policy.vlm, *processors), folder)
+
+
+def lessons_in_chains(k):
+    """What the teacher is taught in update k."""
+    return [lesson for i in range(8 * k, 8 * k + 8) for lesson in chain_lessons(i)]
+
+
+def learn_teacher(base, folder, updates=CHAINS, lessons=lessons_in_chains):
+    """A teacher for fine_r1/cot.py -> folder: the base, which sees and knows all kinds, taught with
+    care to answer what is asked there."""
+    processors = tokenizer([*WORDS, *words_of_chains()]), processor()
+    policy = policy_of(processors[0])
+    for name, p in load_vlm(base).named_parameters():  # words that are new have rows of their own
+        policy.vlm.get_parameter(name).data[: len(p)] = p.data
+    learn(policy, processors, lessons, updates, updates // 2)
+    return save_once((policy.vlm, *processors), folder)
 
 
 SHOTS, TESTED = 4, 240  # pictures of a kind to train on; questions in a file to test on
@@ -131,8 +193,7 @@ def question_rows(seed, split, kinds, options):
 
 def files_of_birds(seed=0):
     """{name of a file: its rows}; settings are to be chosen on `val`."""
-    kinds = list(birds.BIRDS.values())
-    seen, unseen = ([bird for bird in kinds if bird.seen == wanted] for wanted in (True, False))
+    seen, unseen = ([bird for bird in KINDS if bird.seen == wanted] for wanted in (True, False))
     return {
         "sft": [sft_row(seed, bird) for bird in seen],
         "train": [triplet_row(seed, bird, i) for i in range(SHOTS) for bird in seen],
@@ -161,4 +222,13 @@ def write_kinds(out, updates=UPDATES):
 if __name__ == "__main__":
     p = Parser(__doc__)
     p.add_argument("out", nargs="?", default="out/kinds", type=Path, help="the folder to write to")
-    write_kinds(p.parse_args().out)
+    p.add_argument("--teacher", action="store_true", help="make the base there a teacher of chains")
+    args = p.parse_args()
+    if not args.teacher:
+        write_kinds(args.out)
+    elif not (args.out / "base").exists() or (args.out / "teacher").exists():
+        fail(
+            f"--teacher needs {args.out / 'base'}, and that there is no {args.out / 'teacher'} yet"
+        )
+    else:
+        print(f"{learn_teacher(args.out / 'base', args.out / 'teacher')}: for fine_r1/cot.py")

@@ -34,23 +34,29 @@ TOGETHER = 32  # pictures that are encoded, and rows that are written, at once
 ASK = "\n\nIt is one of these; answer with its name:"
 
 
+def load_encoder(name, device, kind=""):
+    """An encoder of transformers, for inference. Ends with a sentence if it cannot be loaded, or is
+    not of this kind."""
+    from transformers import AutoConfig, AutoModel
+
+    load, about = AutoModel.from_pretrained, dict(output_loading_info=True)
+    try:
+        if not (found := AutoConfig.from_pretrained(name).model_type).startswith(kind.lower()):
+            raise ValueError(f"it is a {found}, and no {kind}")
+        model, found = load(name, dtype=torch.float32, **about)
+        if found["missing_keys"]:  # transformers would draw them at random
+            raise ValueError(f"it lacks {len(found['missing_keys'])} weights")
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
+        fail(f"--encoder {name} cannot be loaded ({first_line(error)})")
+    return model.eval().to(device)
+
+
 class Dino:
     """Features of DINOv2: its output for CLS. The whole picture is resized to a square of 16 x 16
     patches, and nothing is cropped, since what tells two classes apart may stand at the edge."""
 
     def __init__(self, name, device):
-        from transformers import AutoConfig, AutoModel
-
-        load, about = AutoModel.from_pretrained, dict(output_loading_info=True)
-        try:
-            if not (kind := AutoConfig.from_pretrained(name).model_type).startswith("dinov2"):
-                raise ValueError(f"it is a {kind}, and no DINOv2")
-            model, found = load(name, dtype=torch.float32, **about)
-            if found["missing_keys"]:  # transformers would draw them at random
-                raise ValueError(f"it lacks {len(found['missing_keys'])} weights")
-        except Exception as error:  # of many kinds, depending on what is wrong with which file
-            fail(f"--encoder {name} cannot be loaded ({first_line(error)})")
-        self.model = model.eval().to(device)
+        self.model = load_encoder(name, device, "DINOv2")
         self.size = (16 * self.model.config.patch_size,) * 2
 
     def read(self, picture):

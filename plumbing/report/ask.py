@@ -10,19 +10,18 @@ import torch
 
 from masking import Masker
 from plumbing.base.common import fail, may_write
-from plumbing.base.console import doing, shown
+from plumbing.base.console import shown
 from plumbing.base.processes import Processes
 from plumbing.data.prompts import Example, encode
 from plumbing.data.schemas import IMAGE
 from plumbing.data.sources import DATA_SETS
-from plumbing.models.weights import DTYPES, banned_tokens, load_processors, load_vlm
+from plumbing.models.weights import load_processors
 from plumbing.report import page
 from plumbing.report.responses import as_trained
 from plumbing.report.samples import look, told
 from plumbing.run.config import resolve
-from plumbing.run.setup import model_folder, policy_maker
+from plumbing.run.setup import lone_sampler, model_folder, policy_maker
 from reward import FORMS
-from rollout import TransformersSampler
 
 
 def show(model, picture, question, n, out):
@@ -44,15 +43,12 @@ def show(model, picture, question, n, out):
         prompt = encode(Example(Path(picture).name, problem, "", [picture]), *processors)
     except ValueError as error:
         fail(f"--ask: {error}")
-    banned = banned_tokens(folder, processors[0]).to(processes.device)
-    with doing(f"loading {folder}", aloud=True):
-        vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(processes.device)
-    (rollout,) = TransformersSampler(vlm, processors[0], banned, cfg).generate(
-        [prompt], n, [(cfg.seed, "ask", question)]
-    )
+    sampler = lone_sampler(cfg, folder, processors)
+    (rollout,) = sampler.generate([prompt], n, [(cfg.seed, "ask", question)])
     if rollout is None:
         fail("--ask: the question is too long for this model; the warning above says by how much")
-    policy, masker = policy_maker(banned, cfg, processes)(vlm), Masker(cfg, processors[1])
+    policy = policy_maker(sampler.banned, cfg, processes)(sampler.vlm)
+    masker = Masker(cfg, processors[1])
     parts = SimpleNamespace(policy=policy, masker=masker, cfg=cfg, processors=processors)
     parts.processes = processes
     unknown = lambda texts, _: [{"overall": None}] * len(texts)  # who asks need not know

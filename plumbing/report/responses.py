@@ -59,23 +59,29 @@ def read(path):
     return sets
 
 
-def answered(out, settings):
-    """What a stopped evaluation left in its file: {set: records} of the questions that are whole.
-    Ends with a sentence if the file is another evaluation's."""
-    sets, about = {}, out.with_name(f"{out.stem}.settings.json")
+def same_settings(out, settings, what):
+    """Write beside a file with what settings it is made, or end with a sentence if the file is
+    there and was made with others. what: it holds"""
+    about = out.with_name(f"{out.stem}.settings.json")
     if out.exists() and not about.exists():
         fail(f"{out} exists, but {about.name}, which describes it, does not; give another --out")
     if out.exists():
         then = read_json(about)
         other = {k: now for k, now in settings.items() if then.get(k) != now}
         if changed := [f"{k} ({then.get(k)!r} then, {now!r} now)" for k, now in other.items()]:
-            fail(f"{out} holds another evaluation: {', '.join(changed)}; give another --out")
-        sets = read(out)
+            fail(f"{out} holds another {what}: {', '.join(changed)}; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(about, json.dumps(settings, indent=1))
+
+
+def answered(out, settings):
+    """What a stopped evaluation left in its file: {set: records} of the questions that are whole.
+    Ends with a sentence if the file is another evaluation's."""
+    same_settings(out, settings, "evaluation")
+    sets = read(out) if out.exists() else {}
     for s, records in sets.items():
         questions = by_question(records)
         sets[s] = [r for r in records if len(questions[r["id"]]) == settings["n"]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(about, json.dumps(settings, indent=1))
     write_atomically(out, as_lines(r for records in sets.values() for r in records))
     return sets
 
@@ -87,7 +93,8 @@ def as_trained(folder, more=""):
         return {}
     cfg = read_json(Path(folder).parent / "config.json").get("config", {})
     names = "temperature top_p max_prompt_tokens max_response_tokens min_pixels max_pixels dtype "
-    names += f"reward columns hint_right {more}"
+    names += f"reward hint_right {more}"
+    names += " columns" * ("recipe" not in cfg)  # supervised learning reads responses, not answers
     return {k: cfg[k] for k in names.split() if k in cfg}
 
 

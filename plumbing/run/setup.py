@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
+import torch
+
 from masking import Masker
 from plumbing.base.common import fail
 from plumbing.base.console import doing, say
@@ -199,6 +201,16 @@ def build_sampler(cfg, folder, vlm, processors, banned, world=1):
 
         return VLLMSampler(folder, processors, banned, cfg, world)
     return TransformersSampler(vlm, processors[0], banned, cfg)
+
+
+def lone_sampler(cfg, folder, processors):
+    """A sampler of the model in a folder, without a trainer; where there is a GPU, it is on it."""
+    vlm, banned = None, banned_tokens(folder, processors[0])
+    if cfg.sampler == "hf":
+        with doing(f"loading {folder}", aloud=True):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(device)
+    return build_sampler(cfg, folder, vlm, processors, banned)
 
 
 def sleep_level_here(policy, cfg, processes):
