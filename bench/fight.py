@@ -217,7 +217,13 @@ def parts(runs):
             pairs=[Pair("k3", k) for k in apart],
         ),
         Part("Longer", "each against its 30 steps", {**three, **slow}, THREE),
-        Part("Longest, two more seeds", "is it time?", dict([*slow.items()][1::2]), THREE, (2, 3)),
+        Part(
+            "Longest, two more seeds",
+            "whether it is time that GRPO lacks",
+            dict([*slow.items()][1::2]),
+            THREE,
+            (2, 3),
+        ),
         *places[1:],
         last,
     ]

@@ -292,6 +292,20 @@ def test_the_kinds_of_mistakes_are_those_that_were_counted():
 
 
 @pytest.mark.prose
+def test_attention_is_what_was_measured():
+    found = json.loads((RESULTS / "attention.json").read_text())
+    share = lambda *job: 100 * statistics.mean(found[job[0]][job[1]]["layers"])
+    mine = {m: [f"{m}-seed{n}" for n in (1, 2, 3)] for m in ("grpo", "papo_g")}
+    page = " ".join((ROOT / "docs" / "findings.md").read_text().split())
+    for group, starts in (("", 27), ("c1.0", 9), ("c0.0", 9)):
+        own = [start for start in found["before"] if start.startswith(group)]
+        ends = {m: [statistics.mean(share(x, s) for x in mine[m]) for s in own] for m in mine}
+        mean, half = laptop.interval([b - a for a, b in zip(*ends.values())])
+        assert len(own) == starts
+        assert f"{mean:+.2f} ({mean - half:+.2f} .. {mean + half:+.2f})" in page
+
+
+@pytest.mark.prose
 def test_the_claims_are_counted():
     page = (ROOT / "docs" / "claims.md").read_text()
     words = re.findall(r"^\| (?!where|---).*\| ([a-z ]+) \|$", page, re.M)

@@ -14,7 +14,7 @@ from plumbing.run.config import MODELS
 from plumbing.run.setup import WARM
 from policy import Policy
 from reward import boxed
-from toy import errors, lessons
+from toy import attention, errors, lessons
 from toy.model import new_policy, processor, tokenizer
 from toy.task import CELL_NAMES, GRID, SPLITS, held_out, make, respond
 
@@ -158,3 +158,17 @@ def test_each_kind_of_mistake_is_known(case):
     example = Example("", "", "1", tags={"hint": "3"})
     perfect = respond("red : 1 + 0 = 1", "1")
     assert errors.kind_of(respond(thought, answer), example, perfect) == kind
+
+
+def test_attention_to_the_picture_is_a_share_by_layer():
+    """Of a response's tokens, the first of which the prompt's last token predicts."""
+    found = attention.measure(str(WARM / "toy"), questions=4, n=1)
+    assert len(found["layers"]) == 4 and all(0 < x < 1 for x in [*found["layers"], found["cell"]])
+    assert found["kl"] > 0
+    vlm = AutoModelForImageTextToText.from_pretrained(WARM / "toy", attn_implementation="eager")
+    example, response, _ = make(0, "vision", 0)
+    prompt = encode(example, tokenizer(), processor())
+    tokens = tokenizer()(response, return_tensors="pt")["input_ids"][0]
+    seen = attention.on_picture(vlm, prompt, tokens)
+    assert seen.shape == (4, len(tokens), GRID**2) and (seen.sum(-1) < 1).all()
+    assert torch.allclose(seen[:, :3], attention.on_picture(vlm, prompt, tokens[:3]), atol=1e-6)
