@@ -215,7 +215,7 @@ def main():
     if args.ask:
         from plumbing.report.ask import show
 
-        return show(args.model, *args.ask, args.n, args.out)
+        return show(args.model, args.ask, args.n, args.out)
     evaluate(args)
 
 

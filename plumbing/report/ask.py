@@ -24,21 +24,21 @@ from plumbing.run.setup import lone_sampler, model_folder, policy_maker
 from reward import FORMS
 
 
-def show(model, picture, question, n, out):
+def show(model, asked, n, out):
     """Print n responses and write the page. model: as eval.py's --model, asked as it was trained;
-    out: the page, None for ask.html beside the model. Ends with a sentence on what cannot be read.
-    """
-    cuda = torch.cuda.is_available()
+    asked: (picture, question); out: the page, None for ask.html beside the model. Ends with a
+    sentence on what cannot be read."""
+    (picture, question), cuda = asked, torch.cuda.is_available()
     trained = as_trained(model, "data mask mask_ratio mask_unit semantic_model")
     cfg, _ = resolve({"model": str(model), "sampler": "hf", **trained}, cuda)
-    asked = "" if cfg.data in DATA_SETS else FORMS[cfg.reward].instruction
+    instruction = "" if cfg.data in DATA_SETS else FORMS[cfg.reward].instruction
     cfg = replace(cfg, data="", val_data="")  # they may be gone by now
     cfg.check(1, cuda)
     folder, processes = model_folder(model), Processes()
     out = Path(out or (folder if Path(model).is_dir() else Path("out")) / "ask.html")
     may_write(out.parent)
     processors = load_processors(folder, cfg)
-    problem = (question if IMAGE in question else f"{IMAGE} {question}") + asked
+    problem = (question if IMAGE in question else f"{IMAGE} {question}") + instruction
     try:
         prompt = encode(Example(Path(picture).name, problem, "", [picture]), *processors)
     except ValueError as error:
