@@ -137,9 +137,9 @@ def arguments(cuda):
     add("--out", required=True, type=Path, help="the .jsonl file to write")
     add("--model", default=TEACHER if cuda else "", help=here(TEACHER, "it has to be named"))
     add("--encoder", default=ENCODER if cuda else "", help=here(ENCODER, "the teacher"))
-    add("--per_class", type=int, default=1, help="pictures of each class")
-    add("--descriptions", type=int, default=10, help="of a picture from each point of view")
-    add("--tries", type=int, default=20, help="chains of a picture to throw away at the most")
+    add("--per_class", type=int, default=1, help="pictures of each class [1]")
+    add("--descriptions", type=int, default=10, help="of a picture from each point of view [10]")
+    add("--tries", type=int, default=20, help="chains of a picture to throw away at the most [20]")
     add("--seed", type=int, default=1, help="seed of every random draw")
     add("--columns", default=",".join(COLUMNS), help="of DATA: problem, answer and pictures")
     add("--sampler", choices=["vllm", "hf"], help="default: vllm where it can run, else hf")
@@ -148,6 +148,8 @@ def arguments(cuda):
         fail("--model: name a teacher; python -m fine_r1.kinds --teacher makes a small one")
     if args.out.suffix != ".jsonl" or min(args.per_class, args.descriptions, args.tries) < 1:
         fail("--out ends in .jsonl, and --per_class, --descriptions and --tries are at least 1")
+    if args.columns.count(",") != 2:
+        fail(f"--columns {args.columns}: name three, with commas between them")
     may_write(args.out.parent)
     hold(args.out)
     fixed = "data model encoder per_class descriptions seed columns".split()

@@ -180,7 +180,8 @@ def test_a_question_about_ones_own_picture(folder, tmp_path):
     picture, page = tmp_path / "a.png", tmp_path / "page.html"
     ToyData("vision", 1)[0].images[0].save(picture)
     asked = ["--ask", picture, "how many circles are there ?", "--n", 2, "--out", page]
-    lines = run("--model", folder, *asked).splitlines()
+    warned, *lines = run("--model", folder, *asked).splitlines()
+    assert "does not know" in warned and "what is asked" in warned  # its own words, all but BOXED's
     text = page.read_text()
     found = re.findall('<span style="--s:(.+?)" title=".+? nats">(.*?)</span>', text, re.S)
     assert len(lines) == 3 and lines[2] == f"written: {page}"

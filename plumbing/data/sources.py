@@ -197,7 +197,7 @@ class Rows:
         self.pictures = {"images": numbered if numbered and images not in there else [images]}
         needed = [*self.pictures["images"], *([] if self.chat else columns[:2])]
         if missing := ", ".join(sorted({*needed} - {*there})):
-            has = f"it has {', '.join(there)} (--columns says which is which)"
+            has = f"it has {', '.join(there)} (--columns says which is which, for all files)"
             fail(f"{name} has no column {missing}; {has}")
         self.options = next((c for c in schemas.OPTIONS if c in there and c not in columns), None)
         for second, known in SECOND.items():
@@ -363,8 +363,10 @@ def opened(name, read):
         why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         if isinstance(error, StopIteration) or "corresponds to no data" in why:  # of empty files
             why = "it holds no rows"
+        if Path(name_and_split(name)[0]).exists():
+            fail(f"data {name!r} cannot be read ({why}); mend it, or give another")
         files = "a parquet, json or jsonl file or a folder of them"
-        fail(f"data {name!r} cannot be read ({why}); give a hub name, {files}")
+        fail(f"data {name!r} is no file or folder here, nor on the hub ({why}); give {files}")
 
 
 def undecoded(feature):
@@ -387,7 +389,10 @@ def usable(data, processors, longest, cfg, processes, second=()):
     faults = dict(processes.gather(list(mine.items())))
     if processes.first:
         left_out(Path(cfg.out), data, faults)
-        warn_of_unknown_words(data, processors[0])
+        texts = filter(None, data.texts())
+        said = " ".join(f"{p.removesuffix(data.instruction)} {a}" for p, a in texts)
+        asked = "the instruction behind every problem (--reward bare has none)"
+        warn_of_unknown_words({data.name: said, asked: data.instruction}, processors[0])
     return without(data, faults)
 
 
@@ -426,14 +431,10 @@ def left_out(out, data, faults):
     say(f"{left}: {counted}; {first}; see {file}")
 
 
-def warn_of_unknown_words(data, tok):
-    """Say for which words of Rows, and of the instruction behind their problems, a tokenizer, such
-    as the toy's, has one token for all."""
-    if tok.unk_token_id is None:
-        return
-    said = [f"{p.removesuffix(data.instruction)} {a}" for p, a in filter(None, data.texts())]
-    asked = "the instruction behind every problem (--reward bare has none)"
-    for what, text in {data.name: " ".join(said), asked: data.instruction}.items():
+def warn_of_unknown_words(texts, tok):
+    """Say for which words of texts {what it is: text} a tokenizer, such as the toy's, has one token
+    for all."""
+    for what, text in texts.items() if tok.unk_token_id is not None else ():
         words = dict.fromkeys(text.replace(IMAGE, " ").split())
         if unknown := [word for word in words if tok.unk_token_id in tok(word)["input_ids"]]:
             words = f"{len(unknown)} words of {what}, such as {', '.join(unknown[:5])}"

@@ -14,7 +14,7 @@ from plumbing.base.console import shown
 from plumbing.base.processes import Processes
 from plumbing.data.prompts import Example, encode
 from plumbing.data.schemas import IMAGE
-from plumbing.data.sources import DATA_SETS
+from plumbing.data.sources import DATA_SETS, warn_of_unknown_words
 from plumbing.models.weights import load_processors
 from plumbing.report import page
 from plumbing.report.responses import as_trained
@@ -43,6 +43,7 @@ def show(model, asked, n, out):
         prompt = encode(Example(Path(picture).name, problem, "", [picture]), *processors)
     except ValueError as error:
         fail(f"--ask: {error}")
+    warn_of_unknown_words({"what is asked": problem}, processors[0])
     sampler = lone_sampler(cfg, folder, processors)
     (rollout,) = sampler.generate([prompt], n, [(cfg.seed, "ask", question)])
     if rollout is None:

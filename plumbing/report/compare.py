@@ -53,7 +53,8 @@ def compare(first, second):
         _, low, high, p = paired_test(a[s], b[s])
         tests[s] = [percent(low, high, form="+.2f"), f"{p:.4f}"]
     if not tests:
-        fail(f"{first} and {second} share no set")
+        empty = [path for path, found in ((first, a), (second, b)) if not found]
+        fail(f"{empty[0]} holds no responses" if empty else f"{first} and {second} share no set")
     gains = relative_gain(before, after)
     # The paper's averages come behind the sets, those of the gains too.
     before, after, gains = (values | macro(values) for values in (before, after, gains))
