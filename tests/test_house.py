@@ -48,15 +48,15 @@ def test_the_house_is_small():
     loaded = loaded_by_train()
     flags = [a for a in parser()._actions if a.dest != "help"]
     sizes = {
-        "the top": (sum(lines(p.name) for p in TOP), 1668),
+        "the top": (sum(lines(p.name) for p in TOP), 1655),
         "the longest file of the top": (max(lines(p.name) for p in TOP), 260),
-        "plumbing": (lines("plumbing/**/*.py"), 5778),
-        "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 1580),
-        "toy": (lines("toy/*.py"), 760),
-        "bench": (lines("bench/*.py"), 2770),
+        "plumbing": (lines("plumbing/**/*.py"), 5935),
+        "variants and fine_r1": (lines("variants/*.py", "fine_r1/*.py"), 2130),
+        "toy": (lines("toy/*.py"), 965),
+        "bench": (lines("bench/*.py"), 2860),
         "exercises": (lines("exercises/*.py"), 540),
-        "tests": (lines("tests/*.py"), 8250),
-        "lines of ours that train loads": (sum(loaded), 6100),
+        "tests": (lines("tests/*.py"), 8900),
+        "lines of ours that train loads": (sum(loaded), 6150),
         "modules of ours that train loads": (len(loaded), 41),
         "lines of train.py --help": (len(parser().format_help().splitlines()), 131),
         "flags of train.py": (len(flags), 61),
