@@ -89,7 +89,11 @@ def test_a_problem_is_asked_as_train_asks_it(reward, tmp_path):
     flags = {"model": "toy", "data": path, "reward": reward}
     (mine,) = open_conversations(path, "train", resolve_sft(flags, False)[0])
     (asked,), _ = open_data(resolve(flags, False)[0])
-    assert mine.turns[0] == ("user", asked.problem) and asked.problem != "how many ?"
+    assert (
+        mine.turns[0]
+        == ("user", asked.problem)
+        == ("user", "how many ?" + FORMS[reward].instruction)
+    )
     c = encode_conversation(mine, *processors)
     assert torch.equal(c.prompt.ids, encode(asked, *processors).ids) and c.scored.all()
 
