@@ -24,8 +24,8 @@
 # exercises` does. Who has no time for that does it while section 7 trains, or in a second lesson
 # (`docs/teaching.md`).
 #
-# You need no GPU, and after `pip install -r requirements-cpu.txt` no network. All cells together
-# compute for about four minutes, nearly all of it in section 7.
+# You need no GPU, and after `pip install -r requirements-cpu.txt notebook` no network. All cells
+# together compute for about four minutes, nearly all of it in section 7.
 #
 # `walkthrough.py` and `walkthrough.ipynb` are the same cells: `python walkthrough.py` runs them in
 # turn, and writes the pictures to out/walkthrough/. The notebook is made of the script, with its
