@@ -148,14 +148,14 @@ def eval_parser() -> Parser:
 
 def evaluate(args: Namespace) -> None:
     """Answer what is still to be answered, and print the table."""
-    cuda, first = torch.cuda.is_available(), named_sets(args.data)[0]
+    cuda, names = torch.cuda.is_available(), named_sets(args.data)
     asked = ("max_response_tokens", "reward", "columns")
     given = {k: getattr(args, k) for k in asked if getattr(args, k)}
-    flags = {"model": args.model, "data": first, "sampler": args.sampler, "sleep": 0}
+    flags = {"model": args.model, "data": names[0], "sampler": args.sampler, "sleep": 0}
     cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
     cfg.check(1, cuda)
     instruction, size = FORMS[cfg.reward].instruction, args.questions or 256
-    sets = open_sets(args.data, size, cfg, instruction, args.data_root)
+    sets = open_sets(names, size, cfg, instruction, args.data_root)
     folder = model_folder(args.model)
     processors = load_processors(folder, cfg)
     blind = "-blind" if args.blind else ""

@@ -20,7 +20,7 @@ import plumbing  # noqa: F401  before torch: how its threads wait
 
 import torch
 
-from plumbing.base.common import Parser, write_atomically
+from plumbing.base.common import Parser, read_json, write_atomically
 from plumbing.data.prompts import encode_all
 from plumbing.report.responses import aligned, percent
 from plumbing.report.samples import look
@@ -43,26 +43,21 @@ def on_picture(vlm, prompt, tokens):
 def measure(checkpoint, questions, n=2):
     """-> {"layers": shares on the picture, "cell": share of these on the cell that is asked about,
     "kl": KL_prcp}: means over responses of means over tokens"""
-    flags = dict(
-        model=checkpoint, data="toy", sampler="hf", algo="papo_g", eval_questions=questions
-    )
-    parts = setup(resolve(flags, cuda=False)[0])
+    flags = dict(model=checkpoint, data="toy", sampler="hf", algo="papo_g")
+    parts = setup(resolve(flags | {"eval_questions": questions}, cuda=False)[0])
     examples, policy = parts.validation["vision"], parts.policy
     prompts = encode_all([examples[i] for i in range(questions)], *parts.processors)
     seeds = [("attention", p.example.id) for p in prompts]
     pairs = [*zip(prompts, parts.sampler.generate(prompts, n, seeds))]
-    kl = [
-        fmean(of[: len(r.tokens[g])]) for p, r in pairs for g, of in enumerate(look(parts, p, r)[0])
-    ]
+    of_rows = [(x, t) for p, r in pairs for x, t in zip(look(parts, p, r)[0], r.tokens)]
+    kl = [fmean(row[: len(tokens)]) for row, tokens in of_rows]
     policy.vlm.set_attn_implementation("eager")
     layers, cell = [], []
     for prompt, tokens in [(p, tokens) for p, rollout in pairs for tokens in rollout.tokens]:
         seen = on_picture(policy.vlm, prompt, tokens).mean(1)  # (layers, picture tokens)
         layers.append(seen.sum(-1))
         about = [i for i, name in enumerate(CELL_NAMES) if name in prompt.example.problem.split()]
-        cell += [
-            float(seen[:, i].sum() / seen.sum()) for i in about if len(CELL_NAMES) == seen.shape[1]
-        ]
+        cell += [float(seen[:, i].sum() / seen.sum()) for i in about]  # a token of the picture each
     parts.close()
     shares = torch.stack(layers).mean(0).tolist()
     return {"layers": [round(x, 4) for x in shares], "cell": fmean(cell), "kl": fmean(kl)}
@@ -83,8 +78,7 @@ def main():
     p.add_argument("--questions", type=int, default=64)
     p.add_argument("--out", type=Path, help="the numbers as JSON; what it has is not made again")
     args = p.parse_args()
-    kept = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    found = defaultdict(dict, kept)
+    found = defaultdict(dict, read_json(args.out) if args.out else {})
     for start, policy, checkpoint in args.checkpoints:
         if start not in found[policy]:
             found[policy][start] = measure(checkpoint, args.questions)
@@ -93,10 +87,7 @@ def main():
     width = len(next(iter(next(iter(found.values())).values()))["layers"])
     rows = [["policy", *(f"layer {i} %" for i in range(width)), "cell %", "KL_prcp", "starts"]]
     for policy, starts in found.items():
-        columns = [
-            *zip(*(s["layers"] for s in starts.values())),
-            [s["cell"] for s in starts.values()],
-        ]
+        columns = [*zip(*([*s["layers"], s["cell"]] for s in starts.values()))]
         kl = fmean(s["kl"] for s in starts.values())
         rows.append([policy, *(percent(fmean(x)) for x in columns), f"{kl:.3f}", str(len(starts))])
     print("\n".join(aligned(rows)))

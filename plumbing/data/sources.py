@@ -325,11 +325,11 @@ def named_sets(data):
     return names
 
 
-def open_sets(data, size, cfg, instruction, root):
-    """{what a set is called: its examples} of named_sets(data), opened as by load, no row looked at
-    yet; root: as of benchmark"""
+def open_sets(names, size, cfg, instruction, root):
+    """{what a set is called: its examples} of names as of named_sets, opened as by load, no row
+    looked at yet; root: as of benchmark"""
     sets = {}
-    for name, split in [(one, split) for one in named_sets(data) for split in splits_of(one)]:
+    for name, split in [(one, split) for one in names for split in splits_of(one)]:
         path, given = name_and_split(name)
         key = split if name in DATA_SETS else f"{Path(path).stem}@{given}".removesuffix("@")
         if key in sets:
