@@ -16,7 +16,7 @@ EPS = 1e-6  # of the advantage, as released
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Exercise 1. How much better is each response than the others to the same prompt?
+    """How much better is each response than the others to the same prompt?
 
         A_i = (R_i - mean R) / (std R + EPS)                                    section 2.1
 
@@ -30,7 +30,7 @@ def advantages(rewards: Tensor) -> Tensor:
 def masked_picture(
     pixels: Tensor, black: Tensor, ratio: float, unit: int, draw: torch.Generator
 ) -> Tensor:
-    """Exercise 2. The masked picture: each piece of it is black with probability `ratio`
+    """The masked picture: each piece of it is black with probability `ratio`
     (appendix G).
 
     A picture is N rows of numbers, one a patch, and `unit` consecutive rows are one piece: they are
@@ -43,7 +43,7 @@ def masked_picture(
 
 
 def masked_logprobs(logits_of, rows) -> Tensor:
-    """Exercise 3. What does the policy say of the same tokens when the picture is masked?
+    """What does the policy say of the same tokens when the picture is masked?
 
         log pi_theta(o_t | q, I_mask, o_<t)                                      section 3.2
 
@@ -56,7 +56,7 @@ def masked_logprobs(logits_of, rows) -> Tensor:
 
 
 def k3(logp: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Exercise 4. How far is pi from another policy, from the tokens that pi sampled?
+    """How far is pi from another policy, from the tokens that pi sampled?
 
         k3 = e^d - d - 1   with   d = other - logp
 
@@ -68,7 +68,7 @@ def k3(logp: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def objective(terms, scored: Tensor, N, cfg) -> Tensor:
-    """Exercise 5. Eq. (2) and (3) as a loss: minus J, averaged over all tokens.
+    """Eq. (2) and (3) as a loss: minus J, averaged over all tokens.
 
         J = mean { surrogate - beta KL_ref + gamma KL_prcp - eta1 H - eta2 H_mask }
 
@@ -82,7 +82,7 @@ def objective(terms, scored: Tensor, N, cfg) -> Tensor:
 
 
 def entropy_slope(logits: Tensor) -> Tensor:
-    """Exercise 6. The double entropy loss lowers H[pi] and H[pi_mask], so it needs this gradient.
+    """The double entropy loss lowers H[pi] and H[pi_mask], so it needs this gradient.
 
         H = - sum_v p_v log p_v   with   p = softmax(logits);   dH / dlogits_v = ?
 
@@ -93,7 +93,7 @@ def entropy_slope(logits: Tensor) -> Tensor:
 
 
 def token_weights(kl: Tensor, counted: Tensor) -> Tensor:
-    """Exercise 7, for who wants more. Which tokens should the reward teach? VPPO and PGPO
+    """For who wants more. Which tokens should the reward teach? VPPO and PGPO
     (variants/) say: those that depend on the picture. Find weights of your own.
 
     kl: KL(pi || pi_mask) of each token, counted: bool, tokens that count, (B, G, R) each -> weights
