@@ -50,10 +50,10 @@ SMALL = (
 both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="session")
 
 
-def command(script, *flags, cwd=ROOT, **kwargs):
+def command(script, *flags, **more):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
-    asked = [sys.executable, *map(str, (script, *flags))]
-    return subprocess.run(asked, cwd=cwd, text=True, capture_output=True, timeout=300, **kwargs)
+    settings = dict(cwd=ROOT, text=True, capture_output=True, timeout=300) | more
+    return subprocess.run([sys.executable, *map(str, (script, *flags))], **settings)
 
 
 def train_here(*flags, settings=Config):

@@ -211,10 +211,7 @@ def test_the_toy_needs_neither_datasets_nor_an_engine_nor_what_draws(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = command("train.py", *SMALL, "--steps", 1, "--out", tmp_path / "run", env=env)
     assert done.returncode == 0 and "warning: report.html is not written" in done.stdout
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 0
-    assert "look at" not in done.stdout
-    (tmp_path / "rows.jsonl").write_text('{"problem": "how many ?", "answer": "3"}\n')
-    asked = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "other"]
-    done = command("train.py", *SMALL, *asked, env=env)
-    assert done.returncode == 1 and "datasets" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    assert metrics(tmp_path / "run") and "look at" not in done.stdout
+    (rows := tmp_path / "rows.jsonl").write_text('{"problem": "how many ?", "answer": "3"}\n')
+    done = command("train.py", *SMALL, "--data", rows, "--out", tmp_path / "other", env=env)
+    assert done.returncode == 1 and "`pip install datasets`" in done.stderr.splitlines()[-1]

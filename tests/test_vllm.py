@@ -1,15 +1,12 @@
 """The real vLLM engine, in this process, on the real (tiny) model. Skipped where none can run."""
 
-import json
 import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, command, metrics
 from PIL import Image
 
 import plumbing.run.engine
@@ -17,6 +14,7 @@ from plumbing.base.common import generator
 from plumbing.data.prompts import Example, encode
 from plumbing.models.families import load_image_processor
 from plumbing.models.weights import banned_tokens, full_parameters, load_vlm
+from plumbing.report.record import memory_gb
 from plumbing.run.config import default_sampler
 from plumbing.run.engine import VLLMSampler
 from plumbing.run.sync import check_sync, gaps
@@ -225,6 +223,18 @@ def test_a_sync_streams(engine, trainer, monkeypatch):
     assert 0 < max(sizes) < sum(p.numel() for p in trainer.vlm.parameters()) / 4
 
 
+def test_the_peak_of_a_step_is_without_what_a_sleeping_engine_gives_back(monkeypatch):
+    """vLLM's own allocator, which knows what is in its pool, and a made-up card."""
+    cumem = pytest.importorskip("vllm.device_allocator.cumem")
+    card = dict(is_available=True, mem_get_info=(1e9, 5e9), max_memory_allocated=9e9)
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert memory_gb()["peak_memory_gb"] == 9  # it never sleeps, and has no pool
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", pool := cumem.CuMemAllocator())
+    pool.python_malloc_callback((0, 3e9, 1, 0))  # device, bytes, address, handle
+    assert memory_gb()["peak_memory_gb"] == 6
+
+
 def test_the_model_runner_is_the_one_that_is_asked_for(engine):
     kinds = lambda worker: [kind.__module__ for kind in type(worker.model_runner).__mro__]
     (modules,) = engine.llm.collective_rpc(kinds)
@@ -238,21 +248,17 @@ def test_the_model_runner_of_cuda_does_the_same():
     """Runner V2 under some of the tests above: its sampler, its log-probs, its weights anew."""
     some = "model_runner_is or greedy or logprobs or (caches and fresh)"
     flags = ["-q", "-p", "runner_v2", "-m", "not slow", "-k", some, "tests/test_vllm.py"]
-    settings = dict(cwd=ROOT, text=True, capture_output=True, timeout=1200)
-    settings |= dict(env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})
-    done = subprocess.run([sys.executable, "-m", "pytest", *flags], **settings)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = command("-m", "pytest", *flags, env=env, timeout=1200)
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-3000:]
 
 
 def train(out, *flags, processes=1):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    launch = [sys.executable, *(launch if processes > 1 else ()), "train.py", "--out", out]
-    flags = [*launch, *SMALL[2:], "--sampler", "vllm", "--algo", "papo_g", *flags]
-    settings = dict(cwd=ROOT, text=True, capture_output=True, timeout=400)
-    done = subprocess.run([*map(str, flags)], **settings)
+    launch = [*(launch if processes > 1 else ()), "train.py", "--out", out, *SMALL[2:]]
+    done = command(*launch, "--sampler", "vllm", "--algo", "papo_g", *flags, timeout=400)
     assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr[-3000:]
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return done.stdout, [json.loads(line) for line in lines]
+    return done.stdout, metrics(out)
 
 
 def evaluate(model):
@@ -292,9 +298,8 @@ def test_with_lora_the_engine_samples_from_the_merged_weights(processes, tmp_pat
 
 @pytest.mark.slow
 def test_bfloat16_stays_within_the_tolerance_of_the_check(tmp_path):
-    flags = ["--steps", 2, "--dtype", "bfloat16", "--importance_cap", 2]
-    _, lines = train(tmp_path / "run", *flags, processes=2)
-    assert all(1e-4 < m["sampler_gap"] < 0.1 for m in lines)
+    _, run = train(tmp_path, *"--steps 2 --dtype bfloat16 --importance_cap 2".split(), processes=2)
+    assert all(1e-4 < m["sampler_gap"] < 0.1 for m in run)
 
 
 @pytest.mark.slow

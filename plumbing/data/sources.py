@@ -359,6 +359,8 @@ def opened(name, read):
     try:
         with fetching(f"opening {name}"):
             return read()
+    except ModuleNotFoundError as error:
+        fail(f"data {name}: {error.name} is not installed; `pip install {error.name}` brings it")
     except Exception as error:  # of many kinds, depending on what is wrong with the file or the hub
         why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         if isinstance(error, StopIteration) or "corresponds to no data" in why:  # of empty files

@@ -156,12 +156,17 @@ def step_seconds(clock):
 
 def memory_gb():
     """This process's memory now and at its peak; with a device, that of the device, whose memory
-    now includes the vLLM engine's share. On a platform that keeps no peak, it is the one now."""
+    now includes the vLLM engine's share, and whose peak leaves out what the engine gives back when
+    it sleeps. On a platform that keeps no peak, it is the one now."""
     found = dict.fromkeys(["host_memory_gb", "peak_memory_gb"], psutil.Process().memory_info().rss)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found["device_memory_gb"] = total - free
-        found["peak_memory_gb"] = torch.cuda.max_memory_allocated()
+        # torch counts an engine's pool as allocated while it sleeps too (vLLM's issue 17117).
+        cumem = sys.modules.get("vllm.device_allocator.cumem")
+        pool = cumem and cumem.CuMemAllocator.instance  # None where the engine never sleeps
+        pooled = pool.get_current_usage() if pool else 0
+        found["peak_memory_gb"] = torch.cuda.max_memory_allocated() - pooled
     elif find_spec("resource"):  # which Windows lacks
         import resource
 

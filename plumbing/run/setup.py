@@ -119,21 +119,8 @@ def setup(cfg):
     if cfg.cpu_offload:
         processes.use_cores()
     optimizer = Optimizer(policy, cfg)
-    return Parts(
-        cfg,
-        processes,
-        folder,
-        processors,
-        stream,
-        validation,
-        policy,
-        reference,
-        optimizer,
-        sampler,
-        masker,
-        Grader(),
-        log,
-    )
+    data = cfg, processes, folder, processors, stream, validation
+    return Parts(*data, policy, reference, optimizer, sampler, masker, Grader(), log)
 
 
 def open_data(cfg):
