@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import J
 
-from loss import exact_entropy, exact_kl, importance_weight, policy_logits, token_logprobs
+from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from papo import (
     Denominators,
     LogProbs,
@@ -271,14 +271,6 @@ def test_metrics_are_sums_over_the_tokens_that_count(cfg):
     assert torch.allclose(sums["token_weight"][0], weights[mask].sum().double())
     assert sums["weighted_tokens"].tolist() == [mask[..., 1:].sum(), mask.sum()]
     assert "token_weight" not in fast(x, cfg)[2]
-
-
-@pytest.mark.lesson
-def test_importance_weights_are_truncated_and_have_no_gradient():
-    old = torch.tensor([0.0, -1.0, -2.0], requires_grad=True)
-    weight = importance_weight(old, torch.tensor([0.0, -2.0, -1.0]), 2.0)
-    assert torch.allclose(weight, torch.tensor([1.0, 2.0, torch.e**-1]))
-    assert not weight.requires_grad
 
 
 # ------------------------------------------------------------------------------- groups and rewards
