@@ -248,11 +248,3 @@ def test_looking_at_nothing_changes_nothing_but_reaches_the_tower(policy, prompt
     logp.sum().backward()
     tower = [p.grad for p in policy.vlm.model.visual.parameters()]
     assert all(g is not None and not g.any() for g in tower)
-
-
-def test_one_response_of_which_some_tokens_do_not_count(policy, prompts, processors):
-    tokens = random_responses(prompts[:1], processors[0])[0][2]
-    counts = torch.arange(len(tokens)) % 2 == 0
-    logp = look(policy, policy.pack(prompts[:1], [[tokens]], [[counts]]))[0, 0]
-    alone = one_by_one(policy, prompts[0], tokens)
-    assert torch.allclose(logp[counts], alone[counts], atol=1e-5) and not logp[~counts].any()
