@@ -24,7 +24,7 @@ COPIES = tempfile.TemporaryDirectory(prefix="papo-tests-")
 os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and for every process
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import plumbing  # noqa: E402, F401  before torch: how its threads wait
 
@@ -33,6 +33,7 @@ import torch  # noqa: E402
 import papo  # noqa: E402
 import train  # noqa: E402
 from plumbing.data.prompts import encode  # noqa: E402
+from plumbing.grading.workers import Grader  # noqa: E402
 from plumbing.models.families import TOYS  # noqa: E402
 from plumbing.models.weights import banned_tokens, load_processors, load_vlm  # noqa: E402
 from plumbing.run.config import Config, resolve  # noqa: E402
@@ -56,34 +57,57 @@ def command(script, *flags, cwd=ROOT, **kwargs):
     return subprocess.run(asked, cwd=cwd, text=True, capture_output=True, timeout=300, **kwargs)
 
 
-def train_here(*flags, settings=Config):
-    """train.main(settings) in this process, with SMALL and then these flags -> what it said on
-    standard output. Raises SystemExit as the command would end."""
+def run_here(main, *flags):
+    """The main() of a script in this process, with these flags -> what it said on standard output.
+    Raises SystemExit as the command would end."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags)])
-        train.main(settings)
+        patch.setattr(sys, "argv", ["main", *map(str, flags)])
+        main()
     return said.getvalue()
+
+
+def train_here(*flags, settings=Config):
+    """train.main(settings) as run_here, with SMALL and then these flags"""
+    return run_here(lambda: train.main(settings), *SMALL, *flags)
+
+
+def torchrun(processes, script, *flags, **kwargs):
+    """As command, on so many processes"""
+    launch = "-m torch.distributed.run --standalone --nproc_per_node".split()
+    return command(*launch, processes, script, *flags, **kwargs)
 
 
 def train_on(processes, out, *flags, script="train.py"):
     """A script on so many processes, with SMALL and then these flags -> its metrics"""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    asked = [*launch, script, "--out", out, *SMALL, *flags]
-    done = command(*asked)
+    asked = [processes, script, "--out", out, *SMALL, *flags]
+    done = torchrun(*asked)
     if "(SIGSEGV)" in done.stderr and "--resume" not in flags:
         # Seen twice in some 150 launches on a busy machine, not since: a thread of gloo's own, in
         # torch 2.13, finds its heap broken. Whoever trains would start again; so does this, once.
         print(done.stderr, file=sys.stderr)
         shutil.rmtree(out)
-        done = command(*asked)
+        done = torchrun(*asked)
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(out)
 
 
+def lines_of(path):
+    """The rows of a JSONL file"""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def jsonl(path, rows):
+    """Write a JSONL file -> its path"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def metrics(out):
     """The lines of a run's metrics.jsonl"""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(out / "metrics.jsonl")
 
 
 def one_run(out, folder, settings=Config, **flags):
@@ -92,9 +116,7 @@ def one_run(out, folder, settings=Config, **flags):
     small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, group_size=4)
     small |= dict(tokens_per_forward=1, val_data="", max_response_tokens=24)
     given = {"model": str(folder), "data": "toy", "out": str(out), **small, **flags}
-    cfg, _ = resolve(given, False, settings)
-    cfg.check(1, False)
-    return setup(cfg)
+    return setup(resolve(given, False, settings)[0])
 
 
 @pytest.fixture(scope="session", params=["toy"])
@@ -115,6 +137,26 @@ def cfg(folder):
 @pytest.fixture(scope="session")
 def processors(folder, cfg):
     return load_processors(folder, cfg)
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory):
+    """A real DINOv2, very small, with random weights -> its folder"""
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    small = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, mlp_ratio=1)
+    config = Dinov2Config(image_size=56, patch_size=14, initializer_range=0.4, **small)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grader():
+    made = Grader(seconds=20)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,12 @@ import os
 import random
 import re
 import shlex
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from conftest import COPIES, ROOT, SMALL, command
+from conftest import COPIES, ROOT, SMALL, command, jsonl, lines_of, metrics
 from PIL import Image, ImageFile
 
 from plumbing.base.processes import Processes
@@ -126,16 +124,6 @@ def parquet(path, rows):
     data = Dataset.from_generator(lambda: iter(rows), features=features, cache_dir=cache)
     data.to_parquet(path, batch_size=500)
     return path
-
-
-def jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def example_rows(n=8, split="train"):
@@ -383,22 +371,6 @@ def test_names_are_looked_at_before_anything_is_opened(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_39_000_rows_are_checked_in_a_minute_and_are_not_held_in_memory(tmp_path, processors):
-    """As many rows as ViRL39K, with JPEGs of 640 x 480, 1.3 GB in all; a few of them unusable. The
-    time includes a margin for a busy machine."""
-    buffer, asked = io.BytesIO(), "<image> " + "how many red objects are there ? " * 4
-    Image.effect_noise((640, 480), 60).save(buffer, "JPEG", quality=20)
-    row = {"problem": asked, "answer": "3", "images": [buffer.getvalue()]}
-    rows = [row | ({} if i % 1000 else {"images": [b""]}) for i in range(39_000)]
-    data = Rows(parquet(tmp_path / "rows.parquet", rows), "train")
-    before, start = psutil.Process().memory_info(), time.perf_counter()
-    assert len(data.faults(*processors, 256)) == 39
-    assert time.perf_counter() - start < 90
-    after = psutil.Process().memory_info()
-    assert (after.rss - after.shared) - (before.rss - before.shared) < 100e6  # files are shared
-
-
-@pytest.mark.slow
 def test_forty_pictures_of_ones_own_are_learned_as_the_page_says(tmp_path):
     """docs/data.md: its script, its rows and its two commands, as they stand there."""
     page = (ROOT / "docs" / "data.md").read_text()
@@ -438,7 +410,7 @@ def test_from_filter_to_training_step(tmp_path, folder):
     left = lines_of(tmp_path / "run" / "left_out-train-train.jsonl")
     assert [(r["row"], "cannot be read" in r["why"]) for r in left] == [(1, True), (2, False)]
     assert "2 of 8 rows of train are left out" in done.stdout + done.stderr
-    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    lines = metrics(tmp_path / "run")
     assert len(lines) == 2 and sum(m["refused_prompts"] for m in lines) >= 1
     assert "example train-r6" in done.stdout + done.stderr
     assert all("val_accuracy" in m and m["perception_kl"] > 0 for m in lines)

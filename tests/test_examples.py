@@ -10,7 +10,6 @@ import papo
 import reward
 import rollout
 from plumbing.data.prompts import Prompt
-from plumbing.grading.workers import Grader
 from plumbing.models import packing
 
 
@@ -87,16 +86,12 @@ def test_a_nucleus_of_four_tokens():
 
 
 @pytest.mark.lesson
-def test_the_rewards_of_three_responses():
+def test_the_rewards_of_three_responses(grader):
     lines = re.findall(
         r"^    (.+?) {3,}truth (\d): accuracy (\d), format (\d)", reward.__doc__, re.M
     )
     assert len(lines) == 3
     responses, truths, accuracy, form = zip(*lines)
-    grader = Grader(workers=1)
-    try:
-        scores = reward.score(responses, truths, grader)
-    finally:
-        grader.close()
+    scores = reward.score(responses, truths, grader)
     assert [s["accuracy"] for s in scores] == [float(x) for x in accuracy]
     assert [s["format"] for s in scores] == [float(x) for x in form]

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import statistics
-import sys
 from itertools import product
 
 import pytest
@@ -13,8 +12,6 @@ from conftest import ROOT, command
 
 from plumbing.report.responses import percent
 from toy import errors
-
-sys.path.insert(0, str(ROOT / "bench"))
 
 laptop = pytest.importorskip("paper_on_a_laptop", reason="there is no bench/ here")
 fight = pytest.importorskip("fight")

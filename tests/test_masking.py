@@ -101,19 +101,6 @@ def test_bad_ratio_and_bad_shape():
 # ---------------------------------------------------------------------------- kinds of mask
 
 
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    """A real DINOv2, very small, with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    small = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, mlp_ratio=1)
-    config = Dinov2Config(image_size=56, patch_size=14, initializer_range=0.4, **small)
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
 def masker(cfg, processors, **settings):
     return Masker(replace(cfg, **settings), processors[1])
 
@@ -132,7 +119,7 @@ def two_pictures(processors):
 def test_every_kind_changes_every_picture_and_never_its_input(
     kind, cfg, processors, two_pictures, dino
 ):
-    hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=dino)
+    hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=str(dino))
     before = two_pictures.pixels.clone()
     masked = hide(two_pictures, generator(1, "mask", 0, 0))
     assert torch.equal(two_pictures.pixels, before)
@@ -151,7 +138,7 @@ def test_every_kind_changes_every_picture_and_never_its_input(
 @pytest.mark.parametrize("kind", ["random", "semantic"])
 def test_token_granularity_hides_whole_tokens(kind, cfg, processors, two_pictures, dino):
     for unit in ("token", "patch"):
-        hide = masker(cfg, processors, mask=kind, mask_unit=unit, semantic_model=dino)
+        hide = masker(cfg, processors, mask=kind, mask_unit=unit, semantic_model=str(dino))
         black = (hide(two_pictures, generator(0)) == hide.black).all(-1).view(-1, 4)
         assert (black == black[:, :1]).all() == (unit == "token")
         assert 0 < black.sum() < black.numel()
@@ -223,7 +210,7 @@ def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(dino, attn_implementation="eager").eval()
-    settings = dict(mask="semantic", semantic_model=dino, mask_ratio=0.45, mask_unit="patch")
+    settings = dict(mask="semantic", semantic_model=str(dino), mask_ratio=0.45, mask_unit="patch")
     masked = masker(cfg, processors, **settings)(two_pictures, generator(0))
     black, start = (masked == black_row(processors[1])).all(-1), 0
     dino_mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]

@@ -3,7 +3,6 @@ can be told without one; and bench/step.py."""
 
 import json
 import os
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from conftest import ROOT, command
 from plumbing.fit import verdict
 from plumbing.models.shapes import without_weights
 from plumbing.run.config import default_sampler, parser, resolve
-
-sys.path.insert(0, str(ROOT / "bench"))
 
 gpu_selftest = pytest.importorskip("gpu_selftest", reason="there is no bench/ here")
 gpu_page = pytest.importorskip("gpu_page")

@@ -1,9 +1,6 @@
 """TAPO (arXiv 2602.07605): a picture of the same class to roll out on, one of another class in the
 place of the masked picture, and one pool of rewards."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +8,10 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import ROOT, SMALL, command, watch_a_step
+from conftest import command, jsonl, metrics, one_run, train_on, watch_a_step
 from PIL import Image
-from safetensors.torch import load_file
 from test_schemas import encoded
+from test_train import two_are_one
 
 import train as module
 from fine_r1 import kinds
@@ -25,7 +22,6 @@ from plumbing.data.sources import Rows
 from plumbing.models.families import to_picture
 from plumbing.run.checkpoint import Progress
 from plumbing.run.config import Config, resolve
-from plumbing.run.setup import setup
 from toy.task import ToyData
 
 
@@ -41,10 +37,8 @@ def triplets(n=4):
 
 def run_of(tmp_path, folder, examples, settings=Tapo, **flags):
     """Parts of a run on these examples, in the order of the stream."""
-    small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, tokens_per_forward=1)
-    small |= dict(model=str(folder), data="toy", out=str(tmp_path), group_size=4, eval_every=0)
-    small |= dict(dynamic_sampling=False, reward="official", anneal_steps=0)
-    parts = setup(resolve(small | flags, False, settings)[0])
+    plain = dict(dynamic_sampling=False, reward="official", anneal_steps=0) | flags
+    parts = one_run(tmp_path, folder, settings, **plain)
     return replace(parts, stream=Stream(examples, 1, *parts.processors))
 
 
@@ -177,8 +171,7 @@ def test_rows_without_a_positive_or_a_negative_are_left_out_and_named(
     row |= {column: ["a.png"] for column in ("images", *columns)}
     rows = [row, row | {positive: []}, row | {negative: ["a.png"] * 2}]
     rows += [row | {negative: ["b.png"]}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = Rows(str(tmp_path / "rows.jsonl"), "train")
+    data = Rows(jsonl(tmp_path / "rows.jsonl", rows), "train")
     faults = data.faults(*processors, 256, second=["contrast", "positive"])
     assert list(faults) == [1, 2, 3] and "cannot be read" in faults[3]
     assert faults[1] == "1 pictures but 0 in the column positive; it needs one for each"
@@ -202,23 +195,14 @@ def test_both_stages_and_how_they_are_shared_out_changes_nothing(tmp_path):
     learn = "--prompts_per_update 15 --lr 2e-3 --steps 40".split()
     places = ["--data", tmp_path / "kinds/sft.parquet", "--out", tmp_path / "sft"]
     command("fine_r1/sft.py", "--model", tmp_path / "kinds/base", *places, *learn, check=True)
-    flags = ["fine_r1/tapo.py", *SMALL, "--model", tmp_path / "sft/checkpoint-40", "--steps", 1]
+    flags = ["--model", tmp_path / "sft/checkpoint-40", "--steps", 1]
     flags += ["--data", tmp_path / "kinds/train.parquet"]
-    found = []
-    for processes, tokens in ((1, 1), (2, 1), (1, 400)):
-        out = tmp_path / f"{processes}-{tokens}"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc_per_node", processes, *flags, "--tokens_per_forward", tokens]
-        launch = [*map(str, launch), "--out", str(out)]
-        done = subprocess.run(launch, cwd=ROOT, text=True, capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        metrics = json.loads((out / "metrics.jsonl").read_text())
-        found.append((metrics, load_file(out / "checkpoint-1" / "model.safetensors")))
-    (line, weights), *others = found
+    one, *others = (tmp_path / name for name in ("1-1", "2-1", "1-400"))
+    for out in (one, *others):
+        processes, tokens = out.name.split("-")
+        train_on(processes, out, *flags, "--tokens_per_forward", tokens, script="fine_r1/tapo.py")
+    (line,) = metrics(one)
     assert line["equal_groups"] == 0 and 0 < line["accuracy"] < 1
     assert line["too_hard_prompts"] + line["too_easy_prompts"] > 0  # there was something to filter
-    names = "reward accuracy loss policy_loss perception_kl entropy masked_entropy grad_norm"
-    for other, x in others:
-        for name in names.split():
-            assert other[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6), name
-        assert all(torch.allclose(x[k], weights[k], atol=1e-3) for k in weights)
+    for other in others:
+        two_are_one(one, other)
