@@ -80,8 +80,9 @@ def test_the_advantages_of_three_responses():
 
 @pytest.mark.lesson
 def test_a_nucleus_of_four_tokens():
-    kept = rollout.nucleus(torch.tensor([[0.5, 0.3, 0.15, 0.05]]), 0.7)
-    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    p = torch.tensor([[0.15, 0.5, 0.05, 0.3]])  # in any order
+    for top_p, kept in ((0.7, [0, 0.625, 0, 0.375]), (1.0, p[0].tolist()), (1e-9, [0, 1, 0, 0])):
+        assert rollout.nucleus(p, top_p)[0].tolist() == pytest.approx(kept)
     assert "top_p = .7 keeps the first two, as .625 and .375" in rollout.nucleus.__doc__
 
 
