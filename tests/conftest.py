@@ -1,5 +1,4 @@
-"""Shared by all tests: the toy's policy as it is committed, and the commands as a user calls them,
-in this process or in one of their own."""
+"""Shared by all tests: the toy's policy, and the commands, in this process or in their own."""
 
 import contextlib
 import copy
@@ -111,8 +110,7 @@ def metrics(out):
 
 
 def one_run(out, folder, settings=Config, **flags):
-    """What a run of these settings is made of, on the toy's data: two updates of two prompts a
-    step, one group a pass -> Parts"""
+    """A run on the toy's data: two updates of two prompts a step, one group a pass -> Parts"""
     small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, group_size=4)
     small |= dict(tokens_per_forward=1, val_data="", max_response_tokens=24)
     given = {"model": str(folder), "data": "toy", "out": str(out), **small, **flags}

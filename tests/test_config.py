@@ -1,5 +1,4 @@
-"""The presets against the paper's tables, how settings are laid over each other, and what they say
-where they cannot work."""
+"""The presets against the papers' tables, how settings are laid over each other, bad ones."""
 
 import dataclasses
 import math

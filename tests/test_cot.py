@@ -1,5 +1,4 @@
-"""Chains of thought from a teacher: what is kept, what is counted, and that a killed run goes on;
-and the two measures of an open-world answer."""
+"""Chains of thought from a teacher; and the two measures of an open-world answer."""
 
 import math
 import re

@@ -89,8 +89,7 @@ LIMITS = [  # the smallest and the largest picture, in tokens
 
 
 def test_the_engine_sees_the_grid_that_the_trainer_sees(processors):
-    """vLLM resizes again the picture that it is handed: it must keep its size, or the row is left
-    out before anything is loaded."""
+    """vLLM resizes the picture that it is handed: it must keep its size, or the row is left out."""
     image_processor, seen, rng = copy.deepcopy(processors[1]), 0, random.Random(0)
     for size, low, high in LIMITS:
         if size is None:
@@ -172,8 +171,7 @@ def test_a_data_set_that_is_made_registers_itself(tmp_path, monkeypatch):
 
 
 def test_pictures_are_not_written_to_the_disk_a_second_time(tmp_path):
-    """`datasets` turns a parquet file into an Arrow file. Reading its pictures as bytes must not
-    add another copy of all of them."""
+    """`datasets` makes an Arrow file of a parquet file; reading pictures as bytes adds no other."""
     rows = [{**r, "images": [os.urandom(500_000)]} for r in example_rows(4)]
     path = parquet(tmp_path / "rows.parquet", rows)
     before = set(Path(COPIES.name).rglob("*"))
@@ -391,8 +389,7 @@ def test_forty_pictures_of_ones_own_are_learned_as_the_page_says(tmp_path):
 
 @pytest.mark.slow
 def test_from_filter_to_training_step(tmp_path, folder):
-    """The whole way on files in the released schema: a broken picture, an overlong prompt, a row of
-    text, a row with two pictures."""
+    """The whole way on files in the released schema, some of whose rows cannot be used."""
     rows, held_out = example_rows(8), example_rows(4, "val")
     rows[1] |= BROKEN["cannot be read"]
     rows[2] |= BROKEN["more than --max_prompt_tokens 256"]

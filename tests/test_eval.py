@@ -167,8 +167,7 @@ def test_blind_is_a_black_picture(answered, tmp_path):
 
 
 def test_a_question_about_ones_own_picture(folder, tmp_path):
-    """The words in the terminal are those of the page, which shows the picture and what is masked
-    of it; a darker word depends on it more."""
+    """The words in the terminal are those of the page; a darker one depends more on the picture."""
     picture, page = tmp_path / "a.png", tmp_path / "page.html"
     ToyData("vision", 1)[0].images[0].save(picture)
     asked = ["--ask", picture, "how many circles are there ?", "--n", 2, "--out", page]

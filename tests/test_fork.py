@@ -1,5 +1,4 @@
-"""A fork touches one place: a mask, a reward, an algorithm and a flag of one's own in a script that
-trains; and what may be hung into a step (plumbing/run/hooks.py)."""
+"""A fork touches one place: a mask, a reward, an algorithm, a flag in a script; and the hooks."""
 
 import json
 import os
@@ -204,8 +203,7 @@ def test_token_weights_come_from_the_policy_before_the_updates_and_need_a_pictur
 
 @pytest.mark.slow
 def test_the_toy_needs_neither_datasets_nor_an_engine_nor_what_draws(tmp_path):
-    """Where a GPU machine has torch and transformers and reaches no network. The page is missed in
-    one line, and a file of rows in one sentence."""
+    """The page is missed in one line, and a file of rows in one sentence."""
     gone = 'import sys\nfor name in ("datasets", "matplotlib", "vllm"): sys.modules[name] = None\n'
     (tmp_path / "sitecustomize.py").write_text(gone)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -1,5 +1,4 @@
-"""The fine-grained toy: pictures that differ in a crest, files that keep their promises, and the
-results that were got with them."""
+"""The fine-grained toy: pictures that differ in a crest, its files, and what was got with them."""
 
 import collections
 import io

@@ -1,5 +1,4 @@
-"""bench/paper_on_a_laptop.py, fight.py, runs.py and controls.py: rules on numbers whose verdict is
-known, and the results; and the figures of results/ that pages quote."""
+"""The rules of bench/paper_on_a_laptop.py, by hand; results/, and the pages that quote them."""
 
 import json
 import random

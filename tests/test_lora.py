@@ -196,8 +196,7 @@ def train(out, *flags, processes=1):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["toy", "toy-qwen3"])
 def test_two_processes_are_one(model, tmp_path):
-    """FSDP2 over gloo, sharded adapters beside a sharded frozen model, layers made again in the
-    backward pass; and the sampler's own copy is given merged weights."""
+    """Sharded adapters on a sharded frozen model; the sampler's copy is given merged weights."""
     flags = ["--steps", 2, "--model", model, "--activation_checkpointing"]
     _, two = (train(tmp_path / str(n), *flags, processes=n) for n in (1, 2))
     assert two[1]["sampler_gap"] < 1e-5

@@ -1,5 +1,4 @@
-"""The algorithm: the objective against the slow reference, signs, denominators, advantages, groups,
-and what has a gradient."""
+"""The objective against the slow reference; signs, gradients, denominators, groups."""
 
 from dataclasses import replace
 from itertools import product
@@ -27,8 +26,7 @@ VOCABULARY = 7
 
 
 def example(B=3, G=4, R=5, seed=0, extreme=True):
-    """Logits of a small ragged batch on both pictures, one prompt without a picture; extreme: with
-    a token at every clamp."""
+    """A small ragged batch, one prompt without a picture; extreme: with a token at every clamp."""
     g = torch.Generator().manual_seed(seed)
     logits, masked = torch.randn(2, B, G, R, VOCABULARY, generator=g, dtype=torch.float64).unbind()
     if extreme:  # r = e^26 and 1/r = e^6 or so
@@ -151,8 +149,7 @@ def way(request):
 
 
 def test_micro_batches_add_up_to_the_batch(way):
-    """One denominator for the whole batch: any split gives the same gradient and the same
-    metrics."""
+    """One denominator for the whole batch: any split has the same gradient and metrics."""
     x = example(B=6)
     tokens, responses = int(x["mask"].sum()), int(x["mask"].any(-1).sum())
     loss, grad, sums = fast(x, way)
@@ -314,8 +311,7 @@ def test_dynamic_sampling_keeps_what_differs_refills_and_counts():
 
 
 def test_prompts_that_cannot_be_used_are_replaced_and_counted():
-    """Every third prompt is refused: the step still gets all its groups, and a data set of refusals
-    is said to be one."""
+    """Every third is refused: the step still gets all its groups; refusals alone are an error."""
     cfg, questions, asked = settings("grpo", prompts_per_step=4), Questions([2]), []
 
     def draw(n):

@@ -1,5 +1,4 @@
-"""bench/gpu_selftest.py: every stage that a CPU can run, and what a GPU is needed for, as far as it
-can be told without one; and bench/step.py."""
+"""bench/gpu_selftest.py and gpu_page.py, as far as a CPU can tell; bench/step.py."""
 
 import json
 import os

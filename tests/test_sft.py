@@ -228,8 +228,7 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
-    """A picture that breaks off has a whole header, so only the step finds out; an update without a
-    row left is none."""
+    """Only the step finds a picture that breaks off; an update without a row left is none."""
     data, out = toy_rows(tmp_path / "rows.jsonl", 3), tmp_path / "run"
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])

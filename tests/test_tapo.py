@@ -1,5 +1,4 @@
-"""TAPO (arXiv 2602.07605): a picture of the same class to roll out on, one of another class in the
-place of the masked picture, and one pool of rewards."""
+"""TAPO (arXiv 2602.07605): a picture of the same class, one of another, and one pool of rewards."""
 
 from dataclasses import replace
 
@@ -94,9 +93,7 @@ def test_both_parts_form_one_pool_of_rewards(n1, n2, wrong, right, parts, monkey
 
 @pytest.mark.parametrize("n1, n2", [(2, 2), (3, 1)])
 def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
-    """0 < #correct < n1 + n2: of four prompts the first is answered right on both pictures, the
-    second on none, the third on its own one only, and the fourth on the positive only. The last two
-    are kept, though neither part of them differs within itself."""
+    """Four prompts: all right, all wrong, right on the own picture only, on the positive only."""
     flags = dict(dynamic_sampling=True, second_rollouts=n2, prompts_per_update=4)
     parts = run_of(tmp_path, folder, triplets(), **flags)
     earned = [1] * 4 + [0] * 4 + [1] * n1 + [0] * n2 + [0] * n1 + [1] * n2
@@ -112,8 +109,7 @@ def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
 
 
 def test_parts_of_unequal_size_share_a_pass(tmp_path, folder):
-    """Three responses to the prompt's own picture and one to its positive, in one pass or in four:
-    the same update."""
+    """Three responses to the prompt's own picture and one to its positive: one pass is as four."""
     found = []
     for tokens in (1, 4096):
         flags = dict(second_rollouts=1, tokens_per_forward=tokens)
@@ -189,8 +185,7 @@ def test_what_cannot_be_done_gets_one_sentence():
 
 @pytest.mark.slow
 def test_both_stages_and_how_they_are_shared_out_changes_nothing(tmp_path):
-    """The commands on the birds: groups that teach, each response on its own picture, wherever the
-    two parts of its group are."""
+    """On the birds, with each response on its own picture, wherever the parts of its group are."""
     kinds.write_kinds(tmp_path / "kinds", updates=0)
     learn = "--prompts_per_update 15 --lr 2e-3 --steps 40".split()
     places = ["--data", tmp_path / "kinds/sft.parquet", "--out", tmp_path / "sft"]

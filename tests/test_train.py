@@ -1,5 +1,4 @@
-"""A run from its first line to its last: what it leaves, stop and resume, two processes, bad input;
-and one real step, looked at from inside."""
+"""A run from first to last: what it leaves, resume, two processes, bad input; and one step."""
 
 import errno
 import json
@@ -315,8 +314,7 @@ def test_two_processes_are_one_with_other_settings(name, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_are_one(finished, tmp_path):
-    """Two launchers that find each other, as on two machines with a shared folder; the lines that
-    docs/gpus.md gives."""
+    """Two launchers with a shared folder, by the lines that docs/gpus.md gives."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     launch = f"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_port {port} "
@@ -437,8 +435,7 @@ def test_a_full_disk_stops_with_a_sentence(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("most, where", [(1, "config.json"), (1000, "1 can"), (6000, "1 can")])
 def test_a_file_that_can_grow_no_further_is_one_sentence(most, where, tmp_path):
-    """As under a quota: at config.json, at the weights, at the optimizer's state. Nothing that is
-    half made is left, and the run can go on."""
+    """As under a quota: at config.json, the weights, the optimizer's state. The run can go on."""
     resource = pytest.importorskip("resource")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * most, hard))

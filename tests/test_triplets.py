@@ -154,8 +154,7 @@ def test_look_alikes_are_ranked_by_the_cosine():
 
 
 def test_several_questions_about_a_picture(tmp_path, run, capsys):
-    """A positive is another picture, not the same one of another row; nor is a picture counted
-    twice in the mean of a class."""
+    """Its positive is another picture, and it counts once in the mean of its class."""
     rows, told = draw_rows(tmp_path, 2), []
     for some in (rows, rows + [row | {"problem": "<image>What?"} for row in rows]):
         new = run(jsonl(tmp_path / "rows.jsonl", some), tmp_path / "t.parquet")

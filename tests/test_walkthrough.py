@@ -1,5 +1,4 @@
-"""The walkthrough: it runs from the top, the answers to its exercises hold, and the notebook is
-made of the same cells."""
+"""The walkthrough runs from the top, its answers hold, and the notebook has the same cells."""
 
 import json
 import re
