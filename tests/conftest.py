@@ -45,6 +45,8 @@ SMALL = (
     "--tokens_per_forward 1 --group_size 4 --eval_questions 4 --eval_n 1 --eval_every 0"
 ).split()
 
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node".split()
+
 
 # For tests of what differs between the families: patch size, positions, where the picture enters.
 both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="session")
@@ -54,6 +56,13 @@ def command(script, *flags, cwd=ROOT, **kwargs):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
     asked = [sys.executable, *map(str, (script, *flags))]
     return subprocess.run(asked, cwd=cwd, text=True, capture_output=True, timeout=300, **kwargs)
+
+
+def call(script, *flags, **kwargs):
+    """As command, which has to succeed -> what it said on standard output"""
+    done = command(script, *flags, **kwargs)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
 
 
 def run_here(main, *flags):
@@ -71,22 +80,16 @@ def train_here(*flags, settings=Config):
     return run_here(lambda: train.main(settings), *SMALL, *flags)
 
 
-def torchrun(processes, script, *flags, **kwargs):
-    """As command, on so many processes"""
-    launch = "-m torch.distributed.run --standalone --nproc_per_node".split()
-    return command(*launch, processes, script, *flags, **kwargs)
-
-
 def train_on(processes, out, *flags, script="train.py"):
     """A script on so many processes, with SMALL and then these flags -> its metrics"""
-    asked = [processes, script, "--out", out, *SMALL, *flags]
-    done = torchrun(*asked)
+    asked = [*TORCHRUN, processes, script, "--out", out, *SMALL, *flags]
+    done = command(*asked)
     if "(SIGSEGV)" in done.stderr and "--resume" not in flags:
         # Seen twice in some 150 launches on a busy machine, not since: a thread of gloo's own, in
         # torch 2.13, finds its heap broken. Whoever trains would start again; so does this, once.
         print(done.stderr, file=sys.stderr)
         shutil.rmtree(out)
-        done = torchrun(*asked)
+        done = command(*asked)
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(out)
 

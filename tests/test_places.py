@@ -10,16 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, command, metrics
+from conftest import ROOT, SMALL, call, metrics
 
 from plumbing.base.common import make_once, may_write
 from plumbing.base.processes import Processes
-
-
-def call(script, *flags, **kwargs):
-    done = command(script, *flags, **kwargs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_folder_that_another_machine_made_meanwhile_stays(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import jsonl, lines_of, metrics, run_here, torchrun
+from conftest import TORCHRUN, call, jsonl, lines_of, metrics, run_here
 from safetensors.torch import load_file
 from test_train import training
 
@@ -218,8 +218,7 @@ def test_two_processes_are_one(tmp_path):
     flags = ["--prompts_per_update", 3, "--epochs", 1, "--val_data", data, "--eval_every", 0]
     flags += ["--freeze_vision"]
     run(data, tmp_path / "one", *flags)
-    done = torchrun(2, "fine_r1/sft.py", *flags_of(data, tmp_path / "two", *flags))
-    assert done.returncode == 0, done.stderr[-3000:]
+    call(*TORCHRUN, 2, "fine_r1/sft.py", *flags_of(data, tmp_path / "two", *flags))
     for a, b in zip(*(metrics(tmp_path / n) for n in ("one", "two")), strict=True):
         for name in ("tokens", "lr", "loss", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name

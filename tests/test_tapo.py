@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import command, jsonl, metrics, one_run, train_on, watch_a_step
+from conftest import call, jsonl, metrics, one_run, train_on, watch_a_step
 from PIL import Image
 from test_schemas import encoded
 from test_train import two_are_one
@@ -189,7 +189,7 @@ def test_both_stages_and_how_they_are_shared_out_changes_nothing(tmp_path):
     kinds.write_kinds(tmp_path / "kinds", updates=0)
     learn = "--prompts_per_update 15 --lr 2e-3 --steps 40".split()
     places = ["--data", tmp_path / "kinds/sft.parquet", "--out", tmp_path / "sft"]
-    command("fine_r1/sft.py", "--model", tmp_path / "kinds/base", *places, *learn, check=True)
+    call("fine_r1/sft.py", "--model", tmp_path / "kinds/base", *places, *learn)
     flags = ["--model", tmp_path / "sft/checkpoint-40", "--steps", 1]
     flags += ["--data", tmp_path / "kinds/train.parquet"]
     one, *others = (tmp_path / name for name in ("1-1", "2-1", "1-400"))

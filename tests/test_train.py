@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, jsonl, metrics, one_run, train_here, train_on
+from conftest import ROOT, SMALL, TORCHRUN, command, jsonl, metrics, one_run, train_here, train_on
 from safetensors.torch import load_file
 from torch.optim import AdamW
 
@@ -200,7 +200,7 @@ def test_a_run_goes_on_from_what_is_sound_and_eval_refuses_what_is_not(finished,
 @pytest.mark.slow
 def test_workers_end_when_their_launcher_is_killed(tmp_path):
     """With what they had done saved, and without a word of somebody else's in the folder."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    launch = [sys.executable, *TORCHRUN, 2]
     flags = ["train.py", *SMALL, *RUN, "--val_data", "", "--steps", 500, "--out", tmp_path]
     asked = list(map(str, [*launch, *flags]))
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
