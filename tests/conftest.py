@@ -1,5 +1,4 @@
-"""Shared by all tests: the toy's policy as it is committed, and the commands as a user calls them,
-in this process or in one of their own."""
+"""Shared by all tests: the toy's policy, and the commands, in this process or in their own."""
 
 import contextlib
 import copy
@@ -24,7 +23,7 @@ COPIES = tempfile.TemporaryDirectory(prefix="papo-tests-")
 os.environ["HF_DATASETS_CACHE"] = COPIES.name  # before anything imports it, and for every process
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import plumbing  # noqa: E402, F401  before torch: how its threads wait
 
@@ -33,6 +32,7 @@ import torch  # noqa: E402
 import papo  # noqa: E402
 import train  # noqa: E402
 from plumbing.data.prompts import encode  # noqa: E402
+from plumbing.grading.workers import Grader  # noqa: E402
 from plumbing.models.families import TOYS  # noqa: E402
 from plumbing.models.weights import banned_tokens, load_processors, load_vlm  # noqa: E402
 from plumbing.run.config import Config, resolve  # noqa: E402
@@ -45,6 +45,8 @@ SMALL = (
     "--tokens_per_forward 1 --group_size 4 --eval_questions 4 --eval_n 1 --eval_every 0"
 ).split()
 
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node".split()
+
 
 # For tests of what differs between the families: patch size, positions, where the picture enters.
 both_families = pytest.mark.parametrize("toy_name", TOYS, indirect=True, scope="session")
@@ -56,20 +58,31 @@ def command(script, *flags, **more):
     return subprocess.run([sys.executable, *map(str, (script, *flags))], **settings)
 
 
-def train_here(*flags, settings=Config):
-    """train.main(settings) in this process, with SMALL and then these flags -> what it said on
-    standard output. Raises SystemExit as the command would end."""
+def call(script, *flags, **kwargs):
+    """As command, which has to succeed -> what it said on standard output"""
+    done = command(script, *flags, **kwargs)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def run_here(main, *flags):
+    """The main() of a script in this process, with these flags -> what it said on standard output.
+    Raises SystemExit as the command would end."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, flags)])
-        train.main(settings)
+        patch.setattr(sys, "argv", ["main", *map(str, flags)])
+        main()
     return said.getvalue()
+
+
+def train_here(*flags, settings=Config):
+    """train.main(settings) as run_here, with SMALL and then these flags"""
+    return run_here(lambda: train.main(settings), *SMALL, *flags)
 
 
 def train_on(processes, out, *flags, script="train.py"):
     """A script on so many processes, with SMALL and then these flags -> its metrics"""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    asked = [*launch, script, "--out", out, *SMALL, *flags]
+    asked = [*TORCHRUN, processes, script, "--out", out, *SMALL, *flags]
     done = command(*asked)
     if "(SIGSEGV)" in done.stderr and "--resume" not in flags:
         # Seen twice in some 150 launches on a busy machine, not since: a thread of gloo's own, in
@@ -81,20 +94,30 @@ def train_on(processes, out, *flags, script="train.py"):
     return metrics(out)
 
 
+def lines_of(path):
+    """The rows of a JSONL file"""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def jsonl(path, rows):
+    """Write a JSONL file -> its path"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def metrics(out):
     """The lines of a run's metrics.jsonl"""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(out / "metrics.jsonl")
 
 
 def one_run(out, folder, settings=Config, **flags):
-    """What a run of these settings is made of, on the toy's data: two updates of two prompts a
-    step, one group a pass -> Parts"""
+    """A run on the toy's data: two updates of two prompts a step, one group a pass -> Parts"""
     small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, group_size=4)
     small |= dict(tokens_per_forward=1, val_data="", max_response_tokens=24)
     given = {"model": str(folder), "data": "toy", "out": str(out), **small, **flags}
-    cfg, _ = resolve(given, False, settings)
-    cfg.check(1, False)
-    return setup(cfg)
+    return setup(resolve(given, False, settings)[0])
 
 
 @pytest.fixture(scope="session", params=["toy"])
@@ -115,6 +138,26 @@ def cfg(folder):
 @pytest.fixture(scope="session")
 def processors(folder, cfg):
     return load_processors(folder, cfg)
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory):
+    """A real DINOv2, very small, with random weights -> its folder"""
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    small = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, mlp_ratio=1)
+    config = Dinov2Config(image_size=56, patch_size=14, initializer_range=0.4, **small)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grader():
+    made = Grader(seconds=20)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """From rows of conversations to token ids: what is read, and what is refused."""
 
-import json
-
 import pytest
 
 pytest.importorskip("fine_r1")
 
 import torch
+from conftest import jsonl
 from test_schemas import encoded
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,8 +29,7 @@ def chat(turns=TURNS, names=("role", "content")):
 def lines(path, rows):
     """Rows as a JSONL file beside the picture that they name."""
     (path.parent / "a.png").write_bytes(encoded())
-    path.write_text("\n".join(json.dumps({"images": ["a.png"]} | row) for row in rows))
-    return path
+    return jsonl(path, [{"images": ["a.png"]} | row for row in rows])
 
 
 def test_the_rows_of_other_programs(tmp_path):

@@ -1,7 +1,5 @@
-"""Chains of thought from a teacher: what is kept, what is counted, and that a killed run goes on;
-and the two measures of an open-world answer."""
+"""Chains of thought from a teacher; and the two measures of an open-world answer."""
 
-import json
 import math
 import re
 import subprocess
@@ -14,7 +12,7 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, jsonl, lines_of, run_here
 from test_kinds import recognise
 
 from fine_r1 import birds, cot, kinds, measures, probe, sft
@@ -26,10 +24,6 @@ CHAIN = (
     "<analysis> {} </analysis>\n<options> a wren, a jay </options> <comparison> so </comparison>"
 )
 CHAIN += " <prediction> {} </prediction>"
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -82,17 +76,10 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path):
     assert [row["id"] for row in cot.Journal(file).rows] == ["a", "b", "ü\u2028"]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
+def run(data, out, *flags, model="toy"):
     """The command line, in this process -> what it said on standard output."""
-
-    def ask(data, out, *flags, model="toy"):
-        places = ["fine_r1/cot.py", data, "--out", out, "--model", model, "--descriptions", 1]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in [*places, *flags]])
-        cot.main()
-        return capsys.readouterr().out
-
-    return ask
+    places = [data, "--out", out, "--model", model, "--descriptions", 1]
+    return run_here(cot.main, *places, *flags)
 
 
 TAUGHT, UNKNOWN = [birds.BIRDS[name] for name in ("wren", "jay", "crane")], birds.BIRDS["hawk"]
@@ -111,7 +98,7 @@ def pictures(tmp_path_factory):
     return file
 
 
-def test_what_is_thrown_away_is_counted_and_more_tries_go_on(pictures, tmp_path, run):
+def test_what_is_thrown_away_is_counted_and_more_tries_go_on(pictures, tmp_path):
     """A teacher that does not know what is asked: the toy, which has never seen these words."""
     out = tmp_path / "chains.jsonl"
     told = run(pictures, out, "--tries", 1)
@@ -132,7 +119,7 @@ def test_what_is_thrown_away_is_counted_and_more_tries_go_on(pictures, tmp_path,
 
 
 @pytest.mark.slow
-def test_from_pictures_to_a_step_of_supervised_learning(pictures, tmp_path, run, monkeypatch):
+def test_from_pictures_to_a_step_of_supervised_learning(pictures, tmp_path):
     base, teacher = tmp_path / "base", tmp_path / "teacher"
     kinds.learn_base(base, updates=1)
     lessons = [lesson for i in range(8) for lesson in kinds.chain_lessons(i, TAUGHT)]
@@ -172,10 +159,8 @@ def test_from_pictures_to_a_step_of_supervised_learning(pictures, tmp_path, run,
     run(pictures, again, *asked, model=teacher)
     assert again.read_text() == marked and len(lines_of(lost)) == len(thrown)
 
-    flags = dict(model=base, data=out, out=tmp_path / "run", steps=1, reward="tagged")
-    flags = [f"--{name}={value}" for name, value in flags.items()]
-    monkeypatch.setattr(sys, "argv", ["fine_r1/sft.py", *flags])
-    sft.main()
+    flags = ["--model", base, "--data", out, "--out", tmp_path / "run", "--reward", "tagged"]
+    run_here(sft.main, *flags, "--steps", 1)
     assert (tmp_path / "run/checkpoint-1/model.safetensors").exists()
     assert not list((tmp_path / "run").glob("left_out*"))
 
@@ -208,7 +193,7 @@ def encoder(request, tmp_path_factory):
     return folder
 
 
-def test_the_similarity_is_relative_to_the_category(encoder, tmp_path, monkeypatch, capsys):
+def test_the_similarity_is_relative_to_the_category(encoder, tmp_path):
     encode = measures.TextEncoder(encoder, "cpu")
     texts = ["wren", "jay finch", "bird", "jay"]
     together = encode(texts)
@@ -225,33 +210,26 @@ def test_the_similarity_is_relative_to_the_category(encoder, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="--category wren is a label"):
         measures.relative_similarity(encode, ["jay"], ["wren"], "wren")
 
-    file, answers = tmp_path / "kinds.jsonl", ["<answer> wren </answer>", "a wren or a jay", "bird"]
+    answers = ["<answer> wren </answer>", "a wren or a jay", "bird"]
     rows = [dict(id=str(i), predict=p, label="wren", accuracy=0.0) for i, p in enumerate(answers)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["measures.py", str(file), "--encoder", str(encoder), "--category", "bird"]
-    monkeypatch.setattr(sys, "argv", words)
-    measures.main()
-    heads, line = capsys.readouterr().out.splitlines()
-    similar = measures.relative_similarity(
-        encode, ["wren", answers[1], "bird"], ["wren"] * 3, "bird"
-    )
+    file, flags = jsonl(tmp_path / "kinds.jsonl", rows), ["--encoder", encoder]
+    said = run_here(measures.main, file, *flags, "--category", "bird")
+    heads, line = said.splitlines()
+    shown = ["wren", *answers[1:]]
+    similar = measures.relative_similarity(encode, shown, ["wren"] * 3, "bird")
     assert [heads.split()[i] for i in (1, 5, 9)] == ["accuracy", "inclusion", "similarity"]
     assert line.split()[:2] == ["kinds", "0.0"] and " 66.7 " in line
     assert f" {100 * sum(similar) / 3:.1f} " in line
 
 
-def test_the_probe_names_what_a_linear_classifier_can_tell(pictures, monkeypatch, capsys):
+def test_the_probe_names_what_a_linear_classifier_can_tell(pictures):
     g = torch.Generator().manual_seed(0)
     y = torch.arange(40) % 2
     x = torch.randn(40, 3, generator=g)
     x[:, 1] = 100 + 9 * (y - 0.5) + x[:, 1]
     assert probe.probe(x[:20], y[:20], x[20:], y[20:]) == 1
     assert probe.probe(x[:20, :1], y[:20], x[20:, :1], y[20:]) < 0.8
-    words = ["probe.py", "toy", "toy-qwen3", "--train", str(pictures), "--test", str(pictures)]
-    monkeypatch.setattr(sys, "argv", words)
-    probe.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["model", "vision", "tower", "language", "model"]] + [
-        [model, "100.0", "100.0"]
-        for model in ("toy", "toy-qwen3")  # of what it has learned
-    ]
+    told = run_here(probe.main, "toy", "toy-qwen3", "--train", pictures, "--test", pictures)
+    heads, *lines = [line.split() for line in told.splitlines()]
+    assert heads == ["model", "vision", "tower", "language", "model"]
+    assert lines == [[model, "100.0", "100.0"] for model in ("toy", "toy-qwen3")]  # as learned

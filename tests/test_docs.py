@@ -1,5 +1,4 @@
-"""The commands of README.md and docs/ are understood, and marked with the machine they need; and
-the details of PAPO are held by tests."""
+"""The commands of the pages are understood, and the details of PAPO are held by tests."""
 
 import re
 import runpy

@@ -1,21 +1,19 @@
 """The evaluation command, and the arithmetic of its tables."""
 
 import base64
-import contextlib
 import html
 import io
 import json
 import random
 import re
-import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, jsonl, lines_of, run_here, train_here
 from PIL import Image
 
 import eval as program
-import train
 from plumbing.data.prompts import Example
 from plumbing.data.sources import BENCHMARKS
 from plumbing.report.ask import painted
@@ -103,16 +101,10 @@ def test_the_paired_test_is_the_textbook_one():
     assert paired_test(a, dict(a))[0] == 0 and paired_test(a, dict(a))[3] == 1
 
 
-lines_of = lambda path: list(map(json.loads, path.read_text().splitlines()))
 row_of = lambda name, text: next(x.split() for x in text.splitlines() if x.split()[:1] == [name])
 
 
-def run(*flags, main=program.main):
-    """A program in this process -> what it prints"""
-    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(io.StringIO()) as said:
-        m.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-        main()
-    return said.getvalue()
+run = partial(run_here, program.main)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +148,7 @@ def test_rescore_and_compare(answered, tmp_path):
     _, stdout, out = answered
     done = run("--rescore", out, "--out", tmp_path / "again.jsonl")
     assert row_of("vision", done) == row_of("vision", stdout)
-    better = written(tmp_path / "better.jsonl", [{**r, "accuracy": 1.0} for r in lines_of(out)])
+    better = jsonl(tmp_path / "better.jsonl", [{**r, "accuracy": 1.0} for r in lines_of(out)])
     said = run("--compare", out, better)
     row = row_of("vision", said)
     assert said.startswith(f"first: {out}, second: {better}\n")
@@ -175,8 +167,7 @@ def test_blind_is_a_black_picture(answered, tmp_path):
 
 
 def test_a_question_about_ones_own_picture(folder, tmp_path):
-    """The words in the terminal are those of the page, which shows the picture and what is masked
-    of it; a darker word depends on it more."""
+    """The words in the terminal are those of the page; a darker one depends more on the picture."""
     picture, page = tmp_path / "a.png", tmp_path / "page.html"
     ToyData("vision", 1)[0].images[0].save(picture)
     asked = ["--ask", picture, "how many circles are there ?", "--n", 2, "--out", page]
@@ -232,18 +223,13 @@ def test_following_a_wrong_hint_is_counted_where_there_is_one():
     assert "wrong hint" not in tables[1][0]
 
 
-def written(path, records):
-    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
-    return path
-
-
 def test_the_released_evaluations_files_are_rescored(tmp_path):
     """No set and no grade; a text with a line separator in it, and a response that is null."""
     said = "<think>a\u2028b</think> \\boxed{3}"
     whole = {"prompt": "?", "predict": said, "label": 3}
     records = [{"idx": i, "id": f"q{i // 2}", **whole} for i in range(4)]
     records[3]["predict"] = None
-    file = written(tmp_path / "released.jsonl", records)
+    file = jsonl(tmp_path / "released.jsonl", records)
     with pytest.raises(SystemExit, match="not graded; eval.py --rescore grades them"):
         compare(file, file)
     lines = rescore(file, tmp_path / "graded.jsonl")
@@ -257,16 +243,16 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path, capsys):
     good = {"id": "q", "predict": "3", "label": "3"}
     odd = [{"predict": {"text": "3"}}, {"label": ["3", "4"]}, {"accuracy": "?"}]
     odd += [{"label": ["3"], "predict": ["\\boxed{3}"]}]
-    file = written(tmp_path / "odd.jsonl", [good | x for x in odd])
+    file = jsonl(tmp_path / "odd.jsonl", [good | x for x in odd])
     rescore(file, tmp_path / "new" / "out.jsonl")  # a list of one is its item, as in training data
     assert [r["accuracy"] for r in read(tmp_path / "new" / "out.jsonl")["odd"]] == [1]
     assert "3 of 4 lines" in capsys.readouterr().out
-    file = written(tmp_path / "some.jsonl", [good, {"id": "q"}, [1], good])
+    file = jsonl(tmp_path / "some.jsonl", [good, {"id": "q"}, [1], good])
     file.write_text(file.read_text() + '\n{"id": "q", "pre')
     assert len(read(file)["some"]) == 2
     assert f"2 of 5 lines of {file} cannot be read, the first is line 2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no line with id, predict and label"):
-        read(written(tmp_path / "none.jsonl", [{"id": "q"}] * 2))
+        read(jsonl(tmp_path / "none.jsonl", [{"id": "q"}] * 2))
     file.write_bytes(b"\xe9")
     with pytest.raises(SystemExit, match="cannot be read"):
         read(file)
@@ -279,9 +265,8 @@ def test_a_set_of_which_nothing_can_be_asked_is_a_sentence(folder, tmp_path):
     Image.effect_noise((64, 64), 90).save(picture, "PNG")
     cut = base64.b64encode(picture.getvalue()[:-200]).decode()
     row = {"problem": "<image> how many ?", "answer": "3", "images": [cut]}
-    model, file = ["--model", folder], written(tmp_path / "cut.jsonl", [row])
+    model, file = ["--model", folder], jsonl(tmp_path / "cut.jsonl", [row])
     with pytest.raises(SystemExit, match="cut: no question can be asked; the warnings above say"):
         run(*model, "--sampler", "hf", "--data", file, "--out", tmp_path / "a.jsonl")
-    flags = [*model, *SMALL, "--data", "toy", "--val_data", file, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit, match="no question of test can be asked"):
-        run(*flags, main=train.main)
+        train_here(*model, "--data", "toy", "--val_data", file, "--out", tmp_path / "run")

@@ -1,5 +1,4 @@
-"""The shape of the project: its sizes, what may import what, how long a function may be, and that
-the README, the help text and the registries name the same things."""
+"""The shape of the project: its sizes, what may import what, and that pages name what there is."""
 
 import ast
 import re
@@ -24,7 +23,6 @@ LESSON = ROOT / "walkthrough.py"  # calls the method, and is no part of it
 HOUSE = [*TOP, *sorted(ROOT.glob("plumbing/**/*.py")), *sorted(ROOT.glob("toy/*.py"))]
 ANNEXES = [path for name in ("variants", "fine_r1") for path in sorted(ROOT.glob(f"{name}/*.py"))]
 SOURCES = [*HOUSE, *ANNEXES, LESSON]
-ALL = [*SOURCES, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("[be]*/*.py"))]
 
 
 def lines(*patterns):
@@ -55,7 +53,7 @@ def test_the_house_is_small():
         "toy": (lines("toy/*.py"), 965),
         "bench": (lines("bench/*.py"), 2860),
         "exercises": (lines("exercises/*.py"), 540),
-        "tests": (lines("tests/*.py"), 8905),
+        "tests": (lines("tests/*.py"), 8628),
         "lines of ours that train loads": (sum(loaded), 6150),
         "modules of ours that train loads": (len(loaded), 41),
         "lines of train.py --help": (len(parser().format_help().splitlines()), 131),
@@ -71,8 +69,7 @@ def module_name(path):
 
 
 def imported(path, modules):
-    """The project's own modules that a file imports, those inside functions included, but for those
-    that only a type checker reads."""
+    """The project's own modules that a file imports, also inside functions; not those of types."""
     tree, found = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
@@ -131,14 +128,10 @@ def test_the_method_does_not_know_what_came_after_it():
         assert not re.findall(r"vppo|pgpo|noisy|tapo|fine.?r1", path.read_text(), re.I), path.name
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
-def test_lines_and_functions_fit_a_screen(path):
-    assert max(map(len, path.read_text().splitlines()), default=0) <= 100
-    for function in functions(path) if path in SOURCES else []:
-        arguments = function.args
-        own = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
-        assert function.end_lineno - function.lineno < 60, function.name
-        assert len([name for name in own if name != "self"]) <= 6, function.name
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_a_screen(path):
+    """Ruff counts columns and arguments (pyproject.toml), but statements, and not lines."""
+    assert not [f.name for f in functions(path) if f.end_lineno - f.lineno >= 60]
 
 
 @pytest.mark.parametrize("path", TOP, ids=lambda path: path.name)
@@ -181,8 +174,7 @@ def test_a_page_leads_to_every_equation_in_one_hop():
 
 @pytest.mark.prose
 def test_the_readme_fits_a_reader():
-    """150 lines of 100 columns, but for tables; its steps lead to the lines that it quotes, and its
-    list of what to read says how long each file is."""
+    """150 lines of 100 columns, but for tables; it quotes lines and lengths as they are."""
     text = (ROOT / "README.md").read_text().splitlines()
     assert len(text) <= 150 and all(len(x) <= 100 for x in text if x[:1] != "|")
     links = [re.search(r"\[`(.+)`\]\((\w+\.py)#L(\d+)\)", line) for line in text]

@@ -1,5 +1,4 @@
-"""The fine-grained toy: pictures that differ in a crest, files that keep their promises, and the
-results that were got with them."""
+"""The fine-grained toy: pictures that differ in a crest, its files, and what was got with them."""
 
 import collections
 import io
@@ -7,14 +6,13 @@ import itertools
 import json
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
 
 pytest.importorskip("fine_r1")
 
-from conftest import ROOT
+from conftest import ROOT, run_here
 from PIL import Image
 
 from fine_r1 import bench, birds, kinds, sft
@@ -117,7 +115,7 @@ def test_the_hasty_teacher_is_as_hasty_as_it_says():
     assert abs(sum("{ lark }" in text for text in hasty) / n - wanted) < 0.04
 
 
-def test_the_folder_is_read_and_learned_from(folder, tmp_path, monkeypatch):
+def test_the_folder_is_read_and_learned_from(folder, tmp_path):
     cfg, _ = resolve({"model": str(folder / "base"), "data": "x.parquet"}, cuda=False)
     both = load_processors(folder / "base", cfg)
     data = Conversations(folder / "sft.parquet", "train")
@@ -130,10 +128,8 @@ def test_the_folder_is_read_and_learned_from(folder, tmp_path, monkeypatch):
     for i, teacher in itertools.product(range(50), (None, kinds.IN_HASTE)):
         texts += [text for example in kinds.bird_lessons(i, teacher) for _, text in example.turns]
     assert both[0].unk_token_id not in both[0](" ".join(texts).replace("<image>", ""))["input_ids"]
-    places = dict(model=folder / "base", data=folder / "sft.parquet", out=tmp_path / "run", steps=1)
-    flags = [f"--{name}={value}" for name, value in places.items()]
-    monkeypatch.setattr(sys, "argv", ["fine_r1/sft.py", *flags])
-    sft.main()
+    flags = ["--model", folder / "base", "--data", folder / "sft.parquet", "--steps", 1]
+    run_here(sft.main, *flags, "--out", tmp_path / "run")
     assert (tmp_path / "run/checkpoint-1/model.safetensors").exists()
     with pytest.raises(SystemExit, match="base is there already"):
         kinds.write_kinds(folder)

@@ -1,13 +1,13 @@
 """LoRA: the model it starts from, what is trained, what the sampler is given, and peft's files."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, both_families, command, random_responses
+from conftest import both_families, random_responses, run_here, train_on
 from safetensors.torch import load_file, save_file
+from test_train import two_are_one
 
 import plumbing.merge
 from plumbing.base.common import generator
@@ -132,7 +132,7 @@ def saved(adapted, folder, cfg, tmp_path):
     return out
 
 
-def test_a_checkpoint_is_as_peft_writes_it(saved, adapted, folder, cfg, rows, monkeypatch):
+def test_a_checkpoint_is_as_peft_writes_it(saved, adapted, folder, cfg, rows):
     """Merged by plumbing.merge and, where it is installed, by peft it is the policy."""
     about, written = json.loads((saved / lora.CONFIG).read_text()), load_file(saved / lora.WEIGHTS)
     assert (about["peft_type"], about["r"], about["lora_alpha"]) == ("LORA", RANK, cfg.lora_alpha)
@@ -142,11 +142,10 @@ def test_a_checkpoint_is_as_peft_writes_it(saved, adapted, folder, cfg, rows, mo
     assert [written[f"{name}{x}.weight"].shape for x in "AB"] == [(RANK, 256), (128, RANK)]
     files, merged = {p.name for p in saved.iterdir()}, saved.with_name("checkpoint-3-merged")
     assert {"tokenizer.json", "preprocessor_config.json"} <= files and "config.json" not in files
-    monkeypatch.setattr(sys, "argv", ["merge", str(saved)])
-    plumbing.merge.main()
+    run_here(plumbing.merge.main, saved)
     assert {p.name for p in folder.iterdir()} <= {p.name for p in merged.iterdir()}
     with pytest.raises(SystemExit, match="exists already"):
-        plumbing.merge.main()
+        run_here(plumbing.merge.main, saved)
 
     def right(vlm):
         models = adapted(0.1), Policy(vlm, adapted(0).banned)
@@ -182,9 +181,6 @@ def test_settings_with_lora_and_on_a_small_card():
     assert [sleep_level(30e6, 3.75e9, 1, memory, card) for memory in (80e9, 48e9)] == [0, 2]
 
 
-SAME = "reward loss policy_loss ref_kl perception_kl entropy masked_entropy grad_norm".split()
-
-
 def test_nothing_of_the_frozen_weights_is_saved(tmp_path, cfg):
     parts = setup(replace(cfg, lora_rank=RANK, out=str(tmp_path), prompts_per_step=2))
     checkpoint.save(tmp_path, {"step": 1, "cursor": 0}, parts)
@@ -193,27 +189,19 @@ def test_nothing_of_the_frozen_weights_is_saved(tmp_path, cfg):
 
 
 def train(out, *flags, processes=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    settings = ["--out", out, "--lora_rank", RANK, "--lr", "1e-3", *SMALL, *flags]
-    done = command(*launch, "train.py", "--algo", "papo_g", *settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    adapters = ["--algo", "papo_g", "--lora_rank", RANK, "--lr", "1e-3"]
+    return train_on(processes, out, *adapters, *flags)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["toy", "toy-qwen3"])
 def test_two_processes_are_one(model, tmp_path):
-    """FSDP2 over gloo, sharded adapters beside a sharded frozen model, layers made again in the
-    backward pass; and the sampler's own copy is given merged weights."""
+    """Sharded adapters on a sharded frozen model; the sampler's copy is given merged weights."""
     flags = ["--steps", 2, "--model", model, "--activation_checkpointing"]
-    one, two = (train(tmp_path / str(n), *flags, processes=n) for n in (1, 2))
-    for name in SAME:
-        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-6), name
-        assert two[1][name] == pytest.approx(one[1][name], rel=2e-2, abs=1e-4), name
+    _, two = (train(tmp_path / str(n), *flags, processes=n) for n in (1, 2))
     assert two[1]["sampler_gap"] < 1e-5
-    a, b = (tmp_path / n / "checkpoint-2" for n in "12")
-    x, y = (dict(full_parameters(plumbing.merge.load_adapter(folder)[0])) for folder in (a, b))
-    assert all(torch.allclose(x[k], y[k], atol=1e-3) for k in x)
+    merged = lambda folder: dict(full_parameters(plumbing.merge.load_adapter(folder)[0]))
+    two_are_one(tmp_path / "1", tmp_path / "2", load=merged)
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
-"""The masked picture: what is black, what is untouched, which row is which patch, and that
-something is masked at all."""
+"""The masked picture: what is black, what is untouched, and which row is which patch."""
 
 from dataclasses import replace
 
@@ -31,8 +30,7 @@ def image_processor(request):
 
 
 def numbered(h, w, patch):
-    """A picture of h x w patches; patch i (left to right, top to bottom) has the colour
-    (i // 16 * 16, i % 16 * 16, 77)."""
+    """A picture of h x w patches; the colour of patch i is (i // 16 * 16, i % 16 * 16, 77)."""
     i = np.arange(h * w).reshape(h, w)
     colours = np.stack([i // 16 * 16, i % 16 * 16, np.full_like(i, 77)], -1).astype(np.uint8)
     return Image.fromarray(colours.repeat(patch, 0).repeat(patch, 1))
@@ -61,8 +59,7 @@ def test_rows_are_the_patches_that_we_say_they_are(image_processor):
 
 
 def test_masked_rows_are_black_where_they_should_be(image_processor):
-    """Hide three patches by their rows; in the picture those three squares are black and nothing
-    else has changed."""
+    """Three patches hidden by their rows: those squares of the picture are black, and no other."""
     p = image_processor.patch_size
     out = image_processor([numbered(4, 6, p)], return_tensors="pt")
     rows, grid = out["pixel_values"], out["image_grid_thw"][0]
@@ -101,19 +98,6 @@ def test_bad_ratio_and_bad_shape():
 # ---------------------------------------------------------------------------- kinds of mask
 
 
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    """A real DINOv2, very small, with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    small = dict(hidden_size=24, num_hidden_layers=11, num_attention_heads=3, mlp_ratio=1)
-    config = Dinov2Config(image_size=56, patch_size=14, initializer_range=0.4, **small)
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
 def masker(cfg, processors, **settings):
     return Masker(replace(cfg, **settings), processors[1])
 
@@ -132,7 +116,7 @@ def two_pictures(processors):
 def test_every_kind_changes_every_picture_and_never_its_input(
     kind, cfg, processors, two_pictures, dino
 ):
-    hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=dino)
+    hide = masker(cfg, processors, mask=kind, mask_unit="patch", semantic_model=str(dino))
     before = two_pictures.pixels.clone()
     masked = hide(two_pictures, generator(1, "mask", 0, 0))
     assert torch.equal(two_pictures.pixels, before)
@@ -151,7 +135,7 @@ def test_every_kind_changes_every_picture_and_never_its_input(
 @pytest.mark.parametrize("kind", ["random", "semantic"])
 def test_token_granularity_hides_whole_tokens(kind, cfg, processors, two_pictures, dino):
     for unit in ("token", "patch"):
-        hide = masker(cfg, processors, mask=kind, mask_unit=unit, semantic_model=dino)
+        hide = masker(cfg, processors, mask=kind, mask_unit=unit, semantic_model=str(dino))
         black = (hide(two_pictures, generator(0)) == hide.black).all(-1).view(-1, 4)
         assert (black == black[:, :1]).all() == (unit == "token")
         assert 0 < black.sum() < black.numel()
@@ -174,8 +158,7 @@ def test_many_prompts_are_masked_one_draw_each(cfg, processors, prompts, monkeyp
 
 
 def test_raw_masking_is_in_cells_of_the_original_picture():
-    """14-pixel cells from the upper left corner, the cut ones at the edges included, each black or
-    untouched."""
+    """14-pixel cells from the upper left corner, cut at the edges, each black or untouched."""
     image = Image.new("RGB", (100, 75), (10, 200, 30))
     hidden = np.array(blacken_cells(image, 0.5, generator(3)))[:, :, 1] == 0
     assert np.array(image)[:, :, 1].min() == 200  # the input is unchanged
@@ -189,8 +172,7 @@ def test_raw_masking_is_in_cells_of_the_original_picture():
 
 
 def test_raw_masking_comes_before_the_resize(cfg, processors):
-    """A picture half the size it is shown at: a cell of 14 pixels covers 28, so rows are black in
-    blocks of 2 x 2 patches."""
+    """A cell of a picture shown at twice its size covers 28 pixels: rows are black 2 x 2."""
     bigger = Qwen2VLImageProcessorPil(min_pixels=168 * 168, max_pixels=168 * 168)
     white = Image.new("RGB", (84, 84), "white")
     prompt = encode(Example("r", "<image> ?", "1", [white]), processors[0], bigger)
@@ -223,7 +205,7 @@ def test_semantic_masking_hides_the_floor_p_n_most_attended_patches(
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(dino, attn_implementation="eager").eval()
-    settings = dict(mask="semantic", semantic_model=dino, mask_ratio=0.45, mask_unit="patch")
+    settings = dict(mask="semantic", semantic_model=str(dino), mask_ratio=0.45, mask_unit="patch")
     masked = masker(cfg, processors, **settings)(two_pictures, generator(0))
     black, start = (masked == black_row(processors[1])).all(-1), 0
     dino_mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]

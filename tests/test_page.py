@@ -11,7 +11,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, call, run_here
 
 from plumbing.report import page, record
 from plumbing.report.__main__ import main
@@ -101,14 +101,12 @@ def test_a_page_tells_all_of_a_run_and_fetches_nothing(tmp_path):
     assert (out / "report.html").read_bytes() == first
 
 
-def test_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
+def test_runs_stand_side_by_side(tmp_path):
     b = "_$b_1$"  # neither left out of a legend nor a formula
     a_run(tmp_path / "a", gamma=0.0, algo="grpo"), a_run(tmp_path / b, gain=0.4)
     written(tmp_path / "a" / "metrics.jsonl", {"step": 1, "reward": 0.5})
-    monkeypatch.setattr(sys, "argv", ["report", *(str(tmp_path / x) for x in ("a", b))])
-    main()
     file = tmp_path / f"a-and-{b}.html"
-    assert capsys.readouterr().out == f"written: {file}\n"
+    assert run_here(main, tmp_path / "a", tmp_path / b) == f"written: {file}\n"
     # A run keeps its colour where the other one has nothing to show.
     key = r'stroke: (#\w+)[^#]*?</g>\s*<g id="text_\d+">\s*<text[^>]*>(a|_\$b_1\$) [\d.]+<'
     keys = re.findall(key, file.read_text())
@@ -121,11 +119,10 @@ def test_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert "gamma" in differs and "algo" in differs and ">steps<" not in differs
 
 
-def test_a_folder_without_a_run_gets_a_sentence(tmp_path, monkeypatch):
+def test_a_folder_without_a_run_gets_a_sentence(tmp_path):
     written(tmp_path / "config.json", {"model_type": "qwen2_5_vl"})  # as of a model
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds no run: there is no config.json of one"):
-        main()
+        run_here(main, tmp_path)
 
 
 def test_a_run_that_has_just_begun_and_one_of_sft(tmp_path):
@@ -245,9 +242,8 @@ def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path):
     (run / "metrics.jsonl").write_text("")
     script = "from plumbing.report.__main__ import main; print(chr(0x2192)); main()"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = command("-c", script, str(run), env=env)
-    assert done.returncode == 0, done.stderr
-    assert "\\u2192" in done.stdout and "é" in (run / "report.html").read_text("utf-8")
+    assert "\\u2192" in call("-c", script, run, env=env)
+    assert "é" in (run / "report.html").read_text("utf-8")
 
 
 def test_two_programs_may_write_one_file(tmp_path):

@@ -1,5 +1,4 @@
-"""The algorithm: the objective against the slow reference, signs, denominators, advantages, groups,
-and what has a gradient."""
+"""The objective against the slow reference; signs, gradients, denominators, groups."""
 
 from dataclasses import replace
 from itertools import product
@@ -8,7 +7,7 @@ import pytest
 import torch
 from reference import J
 
-from loss import exact_entropy, exact_kl, importance_weight, policy_logits, token_logprobs
+from loss import exact_entropy, exact_kl, policy_logits, token_logprobs
 from papo import (
     Denominators,
     LogProbs,
@@ -27,8 +26,7 @@ VOCABULARY = 7
 
 
 def example(B=3, G=4, R=5, seed=0, extreme=True):
-    """Logits of a small ragged batch on both pictures, one prompt without a picture; extreme: with
-    a token at every clamp."""
+    """A small ragged batch, one prompt without a picture; extreme: with a token at every clamp."""
     g = torch.Generator().manual_seed(seed)
     logits, masked = torch.randn(2, B, G, R, VOCABULARY, generator=g, dtype=torch.float64).unbind()
     if extreme:  # r = e^26 and 1/r = e^6 or so
@@ -151,8 +149,7 @@ def way(request):
 
 
 def test_micro_batches_add_up_to_the_batch(way):
-    """One denominator for the whole batch: any split gives the same gradient and the same
-    metrics."""
+    """One denominator for the whole batch: any split has the same gradient and metrics."""
     x = example(B=6)
     tokens, responses = int(x["mask"].sum()), int(x["mask"].any(-1).sum())
     loss, grad, sums = fast(x, way)
@@ -273,14 +270,6 @@ def test_metrics_are_sums_over_the_tokens_that_count(cfg):
     assert "token_weight" not in fast(x, cfg)[2]
 
 
-@pytest.mark.lesson
-def test_importance_weights_are_truncated_and_have_no_gradient():
-    old = torch.tensor([0.0, -1.0, -2.0], requires_grad=True)
-    weight = importance_weight(old, torch.tensor([0.0, -2.0, -1.0]), 2.0)
-    assert torch.allclose(weight, torch.tensor([1.0, 2.0, torch.e**-1]))
-    assert not weight.requires_grad
-
-
 # ------------------------------------------------------------------------------- groups and rewards
 
 
@@ -322,8 +311,7 @@ def test_dynamic_sampling_keeps_what_differs_refills_and_counts():
 
 
 def test_prompts_that_cannot_be_used_are_replaced_and_counted():
-    """Every third prompt is refused: the step still gets all its groups, and a data set of refusals
-    is said to be one."""
+    """Every third is refused: the step still gets all its groups; refusals alone are an error."""
     cfg, questions, asked = settings("grpo", prompts_per_step=4), Questions([2]), []
 
     def draw(n):

@@ -1,5 +1,4 @@
-"""Where students are: the commands called from another folder, from a path with a space, from a
-checkout that cannot be written to, and on a platform without what only Linux has."""
+"""Where students are: another folder, a path with a space, a read-only checkout, no Linux."""
 
 import contextlib
 import os
@@ -11,21 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, command, metrics
+from conftest import ROOT, SMALL, call, metrics
 
 from plumbing.base.common import make_once, may_write
 from plumbing.base.processes import Processes
 
 
-def call(script, *flags, **kwargs):
-    done = command(script, *flags, **kwargs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_a_folder_that_another_machine_made_meanwhile_stays(tmp_path):
-    """Two that unpack the same set, or learn the same warm start, on one disk: the second rename
-    meets a folder that is not empty."""
+    """Two that make the same folder on one disk: the second rename meets one that is not empty."""
     folder = tmp_path / "set"
 
     def fill(making, text, meanwhile=None):
@@ -56,8 +48,7 @@ def test_many_may_look_whether_they_can_write_at_the_same_time(tmp_path):
 
 @pytest.mark.slow
 def test_papo_alone_from_another_folder_and_a_read_only_checkout(tmp_path):
-    """Without what came after PAPO, the second system and the measurements; with a space in its
-    path: it passes its own tests, trains and evaluates."""
+    """Without its annexes, a space in its path, it passes its tests, trains and evaluates."""
     project, elsewhere, out = tmp_path / "my papo", tmp_path / "here", tmp_path / "here" / "a run"
     ignored = shutil.ignore_patterns(".*", "out", "__pycache__", "variants", "fine_r1", "bench")
     shutil.copytree(ROOT, project, ignore=ignored)

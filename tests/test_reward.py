@@ -18,17 +18,7 @@ from plumbing.grading import workers as grading_workers
 from plumbing.grading.workers import Grader
 from reward import boxed, compute_score
 
-sys.path.insert(0, str(ROOT / "bench"))
-from grading import timed  # noqa: E402
-
 GOOD = "<think> red : 1 + 0 = 1 </think> \\boxed{ 3 }"
-
-
-@pytest.fixture(scope="module")
-def grader():
-    g = Grader(seconds=20)
-    yield g
-    g.close()
 
 
 @pytest.mark.parametrize(
@@ -91,11 +81,6 @@ def test_numbers_and_words_need_no_worker():
     assert not grader.equal("-2", "2") and not grader.equal("red", "blue")
     assert not grader.equal("9" * 301, "9" * 302)  # longer than an answer
     assert list(grader.idle.queue) == [None, None] and grader.timeouts == 0
-
-
-def test_the_table_is_large_and_has_both_sides():
-    assert len(TABLE) >= 200 and len({case[:2] for case in TABLE}) == len(TABLE)
-    assert 0.3 < sum(right for _, _, right, _ in TABLE) / len(TABLE) < 0.7
 
 
 def test_a_batch_is_graded_as_one_by_one(grader):
@@ -261,8 +246,3 @@ def test_hostile_responses_are_wrong_soon(response, grader):
     start = time.monotonic()
     assert compute_score(response, "\\frac{7}{3}", grader)["accuracy"] == 0
     assert time.monotonic() - start < 30
-
-
-def test_two_thousand_responses_are_graded_soon():
-    seconds, accuracy, timeouts = timed(2000)  # 3 s on 2 busy cores
-    assert seconds < 30 and 0.4 < accuracy < 0.6 and timeouts == 0

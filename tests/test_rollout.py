@@ -10,7 +10,7 @@ from conftest import both_families
 from plumbing.data.prompts import encode
 from plumbing.models.packing import pack
 from reward import well_formed
-from rollout import TransformersSampler, nucleus
+from rollout import TransformersSampler
 from toy.task import ToyData
 
 
@@ -22,8 +22,7 @@ def roll(policy, processors, cfg, prompts, n=4, **changes):
 @both_families
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_logprobs_agree_with_the_trainer(top_p, policy, processors, cfg, prompts):
-    """Same temperature, same ban, another code path: prefill and cache against the packed forward.
-    Both are of the distribution before the nucleus."""
+    """Prefill and cache against the packed forward: both of the distribution before the nucleus."""
     policy.temperature = 0.8
     rollouts = roll(policy, processors, cfg, prompts, temperature=0.8, top_p=top_p)
     rows = pack(policy.vlm, prompts, [r.tokens for r in rollouts])
@@ -62,8 +61,7 @@ def test_a_sample_does_not_depend_on_its_batch(policy, processors, cfg, prompts)
 
 @both_families
 def test_visual_tokens_are_never_sampled(policy, processors, cfg, prompts):
-    """Even a policy that wants nothing else: without the ban the next forward would look for a
-    picture that is not there."""
+    """Not even by a policy that wants nothing else: the next forward would look for a picture."""
     image = policy.vlm.config.image_token_id
     with torch.no_grad():
         policy.vlm.lm_head.weight[image] += 3.0 * policy.vlm.lm_head.weight.abs().max()
@@ -83,13 +81,6 @@ def test_sampling_follows_the_distribution(policy, processors, cfg, prompts):
     frequency = torch.cat(rollout.tokens).bincount(minlength=len(policy.banned)) / 2000
     assert (frequency[allowed[:, 0]] - p).abs().max() < 0.04
     assert not frequency[policy.banned].any()
-
-
-def test_a_nucleus_keeps_the_likeliest_wherever_they_stand():
-    p = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
-    assert torch.allclose(nucleus(p, 0.7), torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
-    assert torch.equal(nucleus(p, 1.0), p)
-    assert torch.equal(nucleus(p, 1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
 @both_families

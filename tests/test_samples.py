@@ -22,8 +22,7 @@ def in_bytes():
 
 
 def by_prefixes(tokens, tok):
-    """The same by its definition: how much longer the text of every beginning is that does not
-    break off in a character, of at most four bytes."""
+    """By definition: what each beginning adds that does not break off in a character of 4 bytes."""
     found, start = [], 0
     for end in range(1, len(tokens) + 1):
         before, upto = (tok.decode(tokens[:i]) for i in (start, end))

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from conftest import jsonl
 from PIL import Image
-from test_data import jsonl
 
 from plumbing.data import schemas, sources
 from plumbing.data.pictures import original_bytes, rgb, tokens_from_header

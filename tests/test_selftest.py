@@ -1,19 +1,15 @@
-"""bench/gpu_selftest.py: every stage that a CPU can run, and what a GPU is needed for, as far as it
-can be told without one; and bench/step.py."""
+"""bench/gpu_selftest.py and gpu_page.py, as far as a CPU can tell; bench/step.py."""
 
 import json
 import os
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, call, command
 
 from plumbing.fit import verdict
 from plumbing.models.shapes import without_weights
 from plumbing.run.config import default_sampler, parser, resolve
-
-sys.path.insert(0, str(ROOT / "bench"))
 
 gpu_selftest = pytest.importorskip("gpu_selftest", reason="there is no bench/ here")
 gpu_page = pytest.importorskip("gpu_page")
@@ -23,8 +19,7 @@ REAL = "qwen2.5-vl-3b"
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_that_a_cpu_can(tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = command("bench/gpu_selftest.py", "--rehearse", "--out", tmp_path, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    call("bench/gpu_selftest.py", "--rehearse", "--out", tmp_path, env=environment)
     told = json.loads((tmp_path / "selftest.json").read_text())
     assert [about["stage"] for about in told] == gpu_selftest.STAGES
     skipped = {about["stage"] for about in told if about["verdict"] == "skipped"}
@@ -70,8 +65,8 @@ def test_an_updates_own_memory(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_measurement_of_a_step_runs():
-    done = command("bench/step.py", *"--sampler hf --prompts 4 --group 2 --rounds 1".split())
-    assert json.loads(done.stdout.splitlines()[-1])["seconds"]["papo_g"]["update"] > 0
+    said = call("bench/step.py", *"--sampler hf --prompts 4 --group 2 --rounds 1".split())
+    assert json.loads(said.splitlines()[-1])["seconds"]["papo_g"]["update"] > 0
 
 
 @pytest.mark.slow

@@ -4,16 +4,15 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import ROOT
+from conftest import TORCHRUN, call, jsonl, lines_of, metrics, run_here
 from safetensors.torch import load_file
+from test_train import training
 
 from fine_r1 import sft
 from fine_r1.conversations import encode_conversation
@@ -152,8 +151,7 @@ def toy_rows(path, n=6):
         example.images[0].save(path.parent / f"{i}.png")
         chat = [{"role": role, "content": text} for role, text in example.turns]
         rows.append({"messages": chat, "images": [f"{i}.png"]})
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return jsonl(path, rows)
 
 
 def flags_of(data, out, *flags):
@@ -161,22 +159,17 @@ def flags_of(data, out, *flags):
     return [*small.split(), *map(str, ["--data", data, "--out", out, *flags])]
 
 
-def run(monkeypatch, data, out, *flags):
-    """The command in this process -> its lines of metrics."""
-    monkeypatch.setattr(sys, "argv", ["fine_r1/sft.py", *flags_of(data, out, *flags)])
-    sft.main()
-    return metrics(out)
+def run(data, out, *flags):
+    """The command in this process -> what it said"""
+    return run_here(sft.main, *flags_of(data, out, *flags))
 
 
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_the_loss_falls_and_the_folder_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_loss_falls_and_the_folder_goes_on(tmp_path):
     """Every row once an epoch; then train.py, and SFT again, take what was learned."""
     data, out = toy_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     flags = ["--prompts_per_update", 4, "--epochs", 12, "--val_data", data, "--eval_every", 10]
-    found = run(monkeypatch, data, out, *flags, "--lr", 4e-3, "--save_every", 100)
+    said = run(data, out, *flags, "--lr", 4e-3, "--save_every", 100)
+    found = metrics(out)
     assert [m["step"] for m in found] == list(range(1, 25))
     assert [m["epoch"] for m in found[:4]] == pytest.approx([4 / 6, 1, 1 + 4 / 6, 2])
     assert len({found[i]["tokens"] + found[i + 1]["tokens"] for i in range(0, 24, 2)}) == 1
@@ -184,7 +177,6 @@ def test_the_loss_falls_and_the_folder_goes_on(tmp_path, monkeypatch, capsys):
     assert losses["before"] > 4 and losses["after"] < 1.5
     assert [m["step"] for m in found if "val_loss" in m] == [10, 20, 24]
     assert losses["after"] == found[-1]["val_loss"]
-    said = capsys.readouterr().out
     assert re.search(r"6 of 6 rows of rows \(\w+\) are in rows \(train\) too", said)
     model = str(out / "checkpoint-24")
     flags = {"model": model, "data": str(data), "min_pixels": 784, "out": str(tmp_path / "more")}
@@ -196,7 +188,7 @@ def test_the_loss_falls_and_the_folder_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     data, out, measure = toy_rows(tmp_path / "rows.jsonl"), tmp_path / "stopped", sft.measure_loss
     flags = ["--prompts_per_update", 4, "--epochs", 3, "--freeze_vision"]
-    whole = run(monkeypatch, data, tmp_path / "whole", *flags)
+    run(data, tmp_path / "whole", *flags)
 
     def ask_to_stop(parts, line):
         measure(parts, line)
@@ -205,13 +197,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sft, "measure_loss", ask_to_stop)
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, data, out, *flags)
+        run(data, out, *flags)
     assert stopped.value.code == 130 and len(metrics(out)) == 3
     with pytest.raises(SystemExit, match="epochs .3.0 then, 4.0 now"):
-        run(monkeypatch, data, out, *flags, "--resume", "--epochs", 4)
-    found = run(monkeypatch, data, out, *flags, "--resume")
-    for name in ("loss", "tokens", "lr", "grad_norm", "epoch"):
-        assert [m[name] for m in found] == [m[name] for m in whole]
+        run(data, out, *flags, "--resume", "--epochs", 4)
+    run(data, out, *flags, "--resume")
+    assert training(out) == training(tmp_path / "whole")
     folders = out / "checkpoint-6", tmp_path / "whole/checkpoint-6", out / "untrained"
     a, b, start = (load_file(folder / "model.safetensors") for folder in folders)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -220,27 +211,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, monkeypatch):
+def test_two_processes_are_one(tmp_path):
     """Seven rows in updates of three, three and one: where a process has a row less, it looks at
     one of the other's again; a frozen tower has no gradients to exchange."""
     data = toy_rows(tmp_path / "rows.jsonl", 7)
     flags = ["--prompts_per_update", 3, "--epochs", 1, "--val_data", data, "--eval_every", 0]
     flags += ["--freeze_vision"]
-    one = run(monkeypatch, data, tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc_per_node", "2", "fine_r1/sft.py", *flags_of(data, tmp_path / "two", *flags)]
-    done = subprocess.run(launch, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(one, metrics(tmp_path / "two"), strict=True):
+    run(data, tmp_path / "one", *flags)
+    call(*TORCHRUN, 2, "fine_r1/sft.py", *flags_of(data, tmp_path / "two", *flags))
+    for a, b in zip(*(metrics(tmp_path / n) for n in ("one", "two")), strict=True):
         for name in ("tokens", "lr", "loss", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
     a, b = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two"))
     assert b == pytest.approx(a, rel=1e-3) and a["after"] < a["before"]
 
 
-def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, monkeypatch, capsys):
-    """A picture that breaks off has a whole header, so only the step finds out; an update without a
-    row left is none."""
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
+    """Only the step finds a picture that breaks off; an update without a row left is none."""
     data, out = toy_rows(tmp_path / "rows.jsonl", 3), tmp_path / "run"
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
@@ -249,12 +236,11 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, monkeypatch, c
     bad += [{"messages": long, "images": ["0.png"]}]
     data.write_text("\n".join([data.read_text(), *map(json.dumps, bad)]))
     flags = ["--epochs", 1, "--cutoff", 200, "--prompts_per_update", 1]
-    found = run(monkeypatch, data, out, *flags)
-    lost = sorted((m["left_out"], m["tokens"] == 0, "loss" in m) for m in found)
+    told = run(data, out, *flags)
+    lost = sorted((m["left_out"], m["tokens"] == 0, "loss" in m) for m in metrics(out))
     assert lost == [(0, False, True), (0, False, True), (1, True, False)]
-    named = [json.loads(x) for x in (out / "left_out-rows-train.jsonl").read_text().splitlines()]
+    named = lines_of(out / "left_out-rows-train.jsonl")
     assert [x["row"] for x in named] == [3, 4] and "--cutoff 200" in named[1]["why"]
-    told = capsys.readouterr().out
     assert "2 of 5 rows of rows are left out" in told and "left out: example rows-2" in told
     for flags, words in [
         (["--data", tmp_path / "none.json"], "no such file"),
@@ -262,11 +248,11 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, monkeypatch, c
         (["--cutoff", 3], "none of the 5 rows"),
     ]:
         with pytest.raises(SystemExit, match=words):
-            run(monkeypatch, data, tmp_path / "other", *flags)
+            run(data, tmp_path / "other", *flags)
 
 
 @pytest.mark.slow
-def test_with_lora(tmp_path, monkeypatch):
+def test_with_lora(tmp_path):
     data, out = toy_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
-    run(monkeypatch, data, out, "--steps", 2, "--prompts_per_update", 4, "--lora_rank", 4)
+    run(data, out, "--steps", 2, "--prompts_per_update", 4, "--lora_rank", 4)
     assert (out / "checkpoint-2" / "adapter_model.safetensors").exists()

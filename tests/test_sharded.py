@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, command
+from conftest import ROOT, TORCHRUN, call
 
 from plumbing.base.optimizer import Optimizer
 from plumbing.base.processes import PATIENCE, Processes
@@ -87,9 +87,7 @@ def responses(folder, processes):
 
 @pytest.mark.slow
 def test_two_processes(folder):
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = command(*launch, __file__, folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
+    call(*TORCHRUN, 2, __file__, folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_a_reference_in_one_process_is_the_model_again(folder, policy, cfg):

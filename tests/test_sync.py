@@ -1,5 +1,4 @@
-"""The check that the sampler follows the trainer: what it finds, what it leaves alone, and that it
-changes nothing."""
+"""The check that the sampler follows the trainer: what it finds, and that it changes nothing."""
 
 import contextlib
 import copy

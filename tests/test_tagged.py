@@ -2,7 +2,6 @@
 
 import pytest
 
-from plumbing.grading.workers import Grader
 from reward import score, tagged, well_tagged
 
 WREN = "<think> small , brown </think> <answer> Wren </answer>"
@@ -33,13 +32,6 @@ NAMES = [
     ("St.  Bernard", "St. Bernard", True),
     ("2.0", "2", False),
 ]
-
-
-@pytest.fixture(scope="module")
-def grader():
-    grader = Grader(workers=1)
-    yield grader
-    grader.close()
 
 
 @pytest.mark.parametrize("response, accuracy, form", ANSWERS)

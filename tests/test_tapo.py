@@ -1,9 +1,5 @@
-"""TAPO (arXiv 2602.07605): a picture of the same class to roll out on, one of another class in the
-place of the masked picture, and one pool of rewards."""
+"""TAPO (arXiv 2602.07605): a picture of the same class, one of another, and one pool of rewards."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +7,10 @@ import pytest
 pytest.importorskip("fine_r1")
 
 import torch
-from conftest import ROOT, SMALL, command, watch_a_step
+from conftest import call, jsonl, metrics, one_run, train_on, watch_a_step
 from PIL import Image
-from safetensors.torch import load_file
 from test_schemas import encoded
+from test_train import two_are_one
 
 import train as module
 from fine_r1 import kinds
@@ -25,7 +21,6 @@ from plumbing.data.sources import Rows
 from plumbing.models.families import to_picture
 from plumbing.run.checkpoint import Progress
 from plumbing.run.config import Config, resolve
-from plumbing.run.setup import setup
 from toy.task import ToyData
 
 
@@ -41,10 +36,8 @@ def triplets(n=4):
 
 def run_of(tmp_path, folder, examples, settings=Tapo, **flags):
     """Parts of a run on these examples, in the order of the stream."""
-    small = dict(sampler="hf", prompts_per_step=4, prompts_per_update=2, tokens_per_forward=1)
-    small |= dict(model=str(folder), data="toy", out=str(tmp_path), group_size=4, eval_every=0)
-    small |= dict(dynamic_sampling=False, reward="official", anneal_steps=0)
-    parts = setup(resolve(small | flags, False, settings)[0])
+    plain = dict(dynamic_sampling=False, reward="official", anneal_steps=0) | flags
+    parts = one_run(tmp_path, folder, settings, **plain)
     return replace(parts, stream=Stream(examples, 1, *parts.processors))
 
 
@@ -100,9 +93,7 @@ def test_both_parts_form_one_pool_of_rewards(n1, n2, wrong, right, parts, monkey
 
 @pytest.mark.parametrize("n1, n2", [(2, 2), (3, 1)])
 def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
-    """0 < #correct < n1 + n2: of four prompts the first is answered right on both pictures, the
-    second on none, the third on its own one only, and the fourth on the positive only. The last two
-    are kept, though neither part of them differs within itself."""
+    """Four prompts: all right, all wrong, right on the own picture only, on the positive only."""
     flags = dict(dynamic_sampling=True, second_rollouts=n2, prompts_per_update=4)
     parts = run_of(tmp_path, folder, triplets(), **flags)
     earned = [1] * 4 + [0] * 4 + [1] * n1 + [0] * n2 + [0] * n1 + [1] * n2
@@ -118,8 +109,7 @@ def test_the_filter_looks_at_the_pool(n1, n2, tmp_path, folder, monkeypatch):
 
 
 def test_parts_of_unequal_size_share_a_pass(tmp_path, folder):
-    """Three responses to the prompt's own picture and one to its positive, in one pass or in four:
-    the same update."""
+    """Three responses to the prompt's own picture and one to its positive: one pass is as four."""
     found = []
     for tokens in (1, 4096):
         flags = dict(second_rollouts=1, tokens_per_forward=tokens)
@@ -177,8 +167,7 @@ def test_rows_without_a_positive_or_a_negative_are_left_out_and_named(
     row |= {column: ["a.png"] for column in ("images", *columns)}
     rows = [row, row | {positive: []}, row | {negative: ["a.png"] * 2}]
     rows += [row | {negative: ["b.png"]}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = Rows(str(tmp_path / "rows.jsonl"), "train")
+    data = Rows(jsonl(tmp_path / "rows.jsonl", rows), "train")
     faults = data.faults(*processors, 256, second=["contrast", "positive"])
     assert list(faults) == [1, 2, 3] and "cannot be read" in faults[3]
     assert faults[1] == "1 pictures but 0 in the column positive; it needs one for each"
@@ -196,29 +185,19 @@ def test_what_cannot_be_done_gets_one_sentence():
 
 @pytest.mark.slow
 def test_both_stages_and_how_they_are_shared_out_changes_nothing(tmp_path):
-    """The commands on the birds: groups that teach, each response on its own picture, wherever the
-    two parts of its group are."""
+    """On the birds, with each response on its own picture, wherever the parts of its group are."""
     kinds.write_kinds(tmp_path / "kinds", updates=0)
     learn = "--prompts_per_update 15 --lr 2e-3 --steps 40".split()
     places = ["--data", tmp_path / "kinds/sft.parquet", "--out", tmp_path / "sft"]
-    command("fine_r1/sft.py", "--model", tmp_path / "kinds/base", *places, *learn, check=True)
-    flags = ["fine_r1/tapo.py", *SMALL, "--model", tmp_path / "sft/checkpoint-40", "--steps", 1]
+    call("fine_r1/sft.py", "--model", tmp_path / "kinds/base", *places, *learn)
+    flags = ["--model", tmp_path / "sft/checkpoint-40", "--steps", 1]
     flags += ["--data", tmp_path / "kinds/train.parquet"]
-    found = []
-    for processes, tokens in ((1, 1), (2, 1), (1, 400)):
-        out = tmp_path / f"{processes}-{tokens}"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc_per_node", processes, *flags, "--tokens_per_forward", tokens]
-        launch = [*map(str, launch), "--out", str(out)]
-        done = subprocess.run(launch, cwd=ROOT, text=True, capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        metrics = json.loads((out / "metrics.jsonl").read_text())
-        found.append((metrics, load_file(out / "checkpoint-1" / "model.safetensors")))
-    (line, weights), *others = found
+    one, *others = (tmp_path / name for name in ("1-1", "2-1", "1-400"))
+    for out in (one, *others):
+        processes, tokens = out.name.split("-")
+        train_on(processes, out, *flags, "--tokens_per_forward", tokens, script="fine_r1/tapo.py")
+    (line,) = metrics(one)
     assert line["equal_groups"] == 0 and 0 < line["accuracy"] < 1
     assert line["too_hard_prompts"] + line["too_easy_prompts"] > 0  # there was something to filter
-    names = "reward accuracy loss policy_loss perception_kl entropy masked_entropy grad_norm"
-    for other, x in others:
-        for name in names.split():
-            assert other[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6), name
-        assert all(torch.allclose(x[k], weights[k], atol=1e-3) for k in weights)
+    for other in others:
+        two_are_one(one, other)

@@ -1,7 +1,6 @@
 """Triplets: positives and negatives of the right classes, drawn under names, bytes as they were."""
 
 import collections
-import json
 import random
 import re
 
@@ -12,6 +11,7 @@ pytest.importorskip("fine_r1")
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from conftest import jsonl, lines_of, run_here
 from datasets import Image as Picture
 from datasets import load_dataset
 from PIL import Image, ImageDraw
@@ -54,35 +54,16 @@ def draw_rows(folder, n=5, seed=0):
     return rows
 
 
-def save(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 def bytes_of(folder, row):
     return (folder / row["images"][0]).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    """A real DINOv2, very small, with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    small = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=1)
-    folder = tmp_path_factory.mktemp("dino")
-    Dinov2Model(Dinov2Config(**small, image_size=56, patch_size=14)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def run(monkeypatch, dino):
+def run(dino):
     """The command line, in this process -> the rows of the file that it writes."""
 
     def run(data, out, *flags, encoder=dino):
-        argv = ["triplets", data, "--out", out, "--encoder", encoder, *flags]
-        monkeypatch.setattr("sys.argv", [str(x) for x in argv])
-        main()
+        print(run_here(main, data, "--out", out, "--encoder", encoder, *flags))
         return pq.read_table(out).to_pylist()
 
     return run
@@ -91,7 +72,7 @@ def run(monkeypatch, dino):
 def test_positives_and_negatives_are_of_the_right_classes(tmp_path, run, capsys):
     rows = draw_rows(tmp_path)
     out = tmp_path / "new" / "triplets.parquet"
-    new = run(save(tmp_path / "rows.jsonl", rows), out)
+    new = run(jsonl(tmp_path / "rows.jsonl", rows), out)
     known = {bytes_of(tmp_path, row): row["answer"] for row in rows}
     assert len(new) == len(rows) == len(known) == 20
     for before, row in zip(rows, new):
@@ -110,7 +91,7 @@ def test_positives_and_negatives_are_of_the_right_classes(tmp_path, run, capsys)
 
 def test_the_file_is_read_as_any_other(tmp_path, run):
     rows, file = draw_rows(tmp_path, 2), tmp_path / "triplets.parquet"
-    first = run(save(tmp_path / "rows.jsonl", rows), file)
+    first = run(jsonl(tmp_path / "rows.jsonl", rows), file)
     for before, example in zip(rows, Rows(file, "train")):
         assert example.answer == before["answer"] and example.problem.startswith("<image>Which?")
         assert rgb(example.images[0]).size == Image.open(tmp_path / before["images"][0]).size
@@ -124,7 +105,7 @@ def test_the_file_is_read_as_any_other(tmp_path, run):
 
 
 def test_a_seed_says_it_all(tmp_path, run):
-    data = save(tmp_path / "rows.jsonl", draw_rows(tmp_path))
+    data = jsonl(tmp_path / "rows.jsonl", draw_rows(tmp_path))
     first = run(data, tmp_path / "a.parquet", "--options", 3)
     assert run(data, tmp_path / "b.parquet", "--options", 3) == first
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
@@ -147,7 +128,7 @@ def test_unseen_classes_have_a_file_of_their_own(tmp_path, run):
     """Neither file shows a picture, or names a class, of the other; and another split of the same
     classes, in another order, has the same unseen ones."""
     rows = draw_rows(tmp_path, 3)
-    run(save(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet", "--unseen", 2, "--options", 2)
+    run(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet", "--unseen", 2, "--options", 2)
     known = {bytes_of(tmp_path, row): row["answer"] for row in rows}
     files = [pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("t", "t_unseen")]
     seen, unseen = ({row["answer"] for row in file} for file in files)
@@ -159,7 +140,7 @@ def test_unseen_classes_have_a_file_of_their_own(tmp_path, run):
             assert known[row["positive"]["bytes"]] == row["answer"]
             listed = row["problem"].partition(ASK + "\n")[2].split("\n")
             assert {line.partition(". ")[2] for line in listed} == own
-    other = save(tmp_path / "other.jsonl", draw_rows(tmp_path, 2, 1)[::-1])
+    other = jsonl(tmp_path / "other.jsonl", draw_rows(tmp_path, 2, 1)[::-1])
     test = run(other, tmp_path / "test.parquet", "--unseen", 2)
     assert {row["answer"] for row in test} == seen
 
@@ -173,11 +154,10 @@ def test_look_alikes_are_ranked_by_the_cosine():
 
 
 def test_several_questions_about_a_picture(tmp_path, run, capsys):
-    """A positive is another picture, not the same one of another row; nor is a picture counted
-    twice in the mean of a class."""
+    """Its positive is another picture, and it counts once in the mean of its class."""
     rows, told = draw_rows(tmp_path, 2), []
     for some in (rows, rows + [row | {"problem": "<image>What?"} for row in rows]):
-        new = run(save(tmp_path / "rows.jsonl", some), tmp_path / "t.parquet")
+        new = run(jsonl(tmp_path / "rows.jsonl", some), tmp_path / "t.parquet")
         assert len(new) == len(some)
         assert all(row["positive"]["bytes"] != row["images"][0]["bytes"] for row in new)
         told.append(capsys.readouterr().out)
@@ -188,9 +168,8 @@ def test_a_class_of_one_picture_and_rows_that_cannot_be_used(tmp_path, run, caps
     rows = [r for r in draw_rows(tmp_path, 3) if r["answer"] != "navy cross" or r["n"] == 0]
     (tmp_path / rows[0]["images"][0]).write_bytes(b"\xff\xd8 no picture")
     rows += [rows[1] | {"images": rows[1]["images"] * 2}, rows[1] | {"answer": " "}]
-    new = run(save(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet")
-    lines = (tmp_path / "left_out-rows-train.jsonl").read_text().splitlines()
-    why = {x["row"]: x["why"] for x in map(json.loads, lines)}
+    new = run(jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet")
+    why = {x["row"]: x["why"] for x in lines_of(tmp_path / "left_out-rows-train.jsonl")}
     assert "a picture cannot be read" in why.pop(0)
     assert why == {10: "2 pictures; a row of triplets has one", 11: "the answer is empty"}
     alone = [row for row in new if row["positive"] is None]
@@ -213,11 +192,11 @@ def test_other_columns_and_pictures_in_the_file(tmp_path, run):
 
 def test_what_cannot_be_done_gets_one_sentence(tmp_path, run, dino):
     rows = draw_rows(tmp_path, 1)
-    data, out = save(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet"
-    one = save(tmp_path / "one.jsonl", [r for r in rows if r["answer"] == "navy cross"])
+    data, out = jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "t.parquet"
+    one = jsonl(tmp_path / "one.jsonl", [r for r in rows if r["answer"] == "navy cross"])
     turns = [[{"content": r["problem"]}, {"content": r["answer"]}] for r in rows]
     rows = [{"messages": t, "images": r["images"]} for t, r in zip(turns, rows)]
-    chat = save(tmp_path / "chat.jsonl", rows)
+    chat = jsonl(tmp_path / "chat.jsonl", rows)
     for message, flags in {
         "one.jsonl has one class only, navy cross: it has no negatives": (one, out),
         "--options 5: from 2 to 4, for so many classes": (data, out, "--options", 5),

@@ -1,5 +1,4 @@
-"""VPPO, PGPO and NoisyRollout: their papers' settings, their weights and their noise worked out by
-hand, and that each trains; and blind weights."""
+"""VPPO, PGPO, NoisyRollout, blind weights: settings, weights and noise by hand; each trains."""
 
 from dataclasses import replace
 
@@ -106,8 +105,7 @@ def test_the_command_on_two_processes_with_other_micro_batches_is_one(algo, tmp_
 
 
 def weights_of(cfg, *batches):
-    """The weights of an update's micro-batches, each of one group -> one list a response. batches:
-    lists of S_it, one list a response"""
+    """batches: one group's lists of S_it for each micro-batch -> weights, a list a response"""
     # Where no token counts, there is a 7.
     kl = [torch.full((1, len(group), 1 + max(map(len, group))), 7.0) for group in batches]
     counted = [torch.zeros(x.shape, dtype=torch.bool) for x in kl]

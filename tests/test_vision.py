@@ -18,8 +18,7 @@ GRID = torch.tensor([[1, 8, 8], [1, 10, 14], [1, 2, 4], [1, 18, 6]])
 
 
 def distance(folder, prepared):
-    """Between transformers' tower and this one: what they make of pictures of noise, and the
-    gradients of all weights, each tensor's difference in units of its own largest number."""
+    """Transformers' tower and this one, on noise: the largest relative gap, gradients included."""
     load, found = AutoModelForImageTextToText.from_pretrained, []
     own = load(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     for vlm in (own, prepared):

@@ -1,5 +1,4 @@
-"""The walkthrough: it runs from the top, the answers to its exercises hold, and the notebook is
-made of the same cells."""
+"""The walkthrough runs from the top, its answers hold, and the notebook has the same cells."""
 
 import json
 import re
@@ -26,18 +25,6 @@ def answers(source):
 
 
 CELLS = list(cells_of(SCRIPT.read_text()))
-
-
-def test_eight_sections_of_ninety_minutes_with_exercises_and_folded_answers():
-    text = "\n".join(source for kind, source in CELLS if kind == "markdown")
-    minutes = re.findall(r"^## (\d)\. .*\(minutes (\d+)-(\d+)\)$", text, re.M)
-    numbers, starts, ends = zip(*(map(int, m) for m in minutes))
-    assert numbers == tuple(range(1, 9)) and starts == (0, *ends[:-1]) and ends[-1] == 90
-    assert re.findall(r"\*\*Exercise (\d)\.\*\*", text) == list("123456789")
-    folded = re.findall(r"<details><summary>Answer</summary>\n\n(.*?)</details>", text, re.S)
-    assert len(folded) == 9 and all("assert " in answers(answer)[0] for answer in folded)
-    assert CELLS.count(("code", "# Your answer goes here.")) == 9
-    assert max(source.count("\n") for kind, source in CELLS if kind == "code") < 45  # a screen
 
 
 def test_the_notebook_is_made_of_these_cells_and_shows_every_picture():
@@ -80,6 +67,7 @@ def test_it_runs_from_the_top_and_its_answers_hold(monkeypatch, tmp_path):
     names = {"__name__": "walkthrough", "__file__": str(SCRIPT)}  # from another folder
     for kind, source in CELLS:
         for code in [source] if kind == "code" else answers(source):
+            assert kind == "code" or "assert " in code
             exec(compile(code, SCRIPT.name, "exec"), names)
     drawn = {path.stem for path in tmp_path.glob("out/walkthrough/*.png")}
     assert drawn and drawn == set(re.findall(r'^show\("(.*)"\)', SCRIPT.read_text(), re.M))
