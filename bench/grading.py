@@ -8,9 +8,7 @@ released one) and math-verify where installed; writes counts and the cases where
 """
 
 import argparse
-import random
 import sys
-import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +19,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from grading_table import TABLE  # noqa: E402
 
 from plumbing.grading.workers import Grader  # noqa: E402
-from reward import compute_score  # noqa: E402
 
 
 def installed_graders():
@@ -48,39 +45,6 @@ def verdict_of(grade, given, truth):
         return bool(grade(given, truth))
     except Exception:
         return False
-
-
-def sample_responses(n, seed=0):
-    """n responses like a batch's: eight to a question, half of them right, all kinds mixed."""
-    rng, out = random.Random(seed), []
-    for q in range(n // 8):
-        k = rng.randrange(2, 99)
-        truth, forms = rng.choice(
-            [
-                (str(k), [str(k), f"{k}.0", f"x={k}", f"{k} \\text{{ cm}}"]),
-                (f"\\frac{{{k}}}{{7}}", [f"{k}/7", f"\\dfrac{{{k}}}{{7}}"]),
-                (f"{k}\\sqrt{{3}}", [f"{k}\\sqrt3", f"\\frac{{{3 * k}}}{{\\sqrt{{3}}}}"]),
-                ("B", ["B", "(B)", f"B. {k} cm"]),
-                ("red", ["red", "Red"]),
-                (f"x^2+{k}x", [f"x(x+{k})", f"{k}x+x^{{2}}"]),
-                (f"({k},1)", [f"({k}, 1)"]),
-            ]
-        )
-        others = [str(k + 1), "A", "blue", f"\\frac{{{k}}}{{{rng.randrange(8, 99)}}}", f"{k}x"]
-        for _ in range(8):
-            answer = rng.choice(forms if rng.random() < 0.5 else others)
-            thought = f"<think> {'so we add and look again ' * 40} {q} </think>"
-            out.append((f"{thought} \\boxed{{{answer}}}", truth))
-    return out
-
-
-def timed(n=2000):
-    """Seconds for n ordinary responses, one after another, the workers' start included."""
-    batch, grader, start = sample_responses(n), Grader(), time.monotonic()
-    scores = [compute_score(response, truth, grader) for response, truth in batch]
-    seconds = time.monotonic() - start
-    grader.close()
-    return seconds, sum(s["accuracy"] for s in scores) / n, grader.timeouts
 
 
 def main(path):
@@ -113,8 +77,6 @@ def main(path):
         lines.append(f"| {a} | {b} | {answers} | {why} |")
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines[4 : 6 + len(said)], sep="\n")
-    seconds, accuracy, timeouts = timed()
-    print(f"2,000 responses: {seconds:.1f} s, accuracy {accuracy:.3f}, {timeouts} time-outs")
 
 
 if __name__ == "__main__":
