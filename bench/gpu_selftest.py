@@ -3,10 +3,10 @@
     python bench/gpu_selftest.py              # one GPU; no network: random weights in 3B's shape
     python bench/gpu_selftest.py --rehearse   # on a CPU: the same stages with the toy's shape
 
-The model has the layers' real sizes and as few of them as fit on cards from 24 GB on. What an
-update adds in memory is compared with the planner's sums. Every stage prints ok, failed or skipped,
-with the number that decides; one that fails stops only those that need what it makes. All of it
-goes to selftest.json in --out, the file to send in with a question. It ends after --minutes.
+The model has the layers' real sizes and as few of them as fit on cards from 24 GB on. Every stage
+prints ok, failed or skipped, with the number that decides; one that fails stops only those that
+need what it makes. All of it goes to selftest.json in --out, the file to send in with a question.
+It ends after --minutes.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import time
 import traceback
 from importlib.metadata import distributions
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from shapes import noise, random_model  # puts the project on the path
@@ -26,16 +25,13 @@ from torch.utils.collect_env import get_env_info
 import train
 from plumbing.base.common import first_line, write_atomically
 from plumbing.base.processes import device_memory, grow_segments
-from plumbing.fit import ENGINE_ROOM, OUTSIDE, PICTURED, plan
-from plumbing.models.shapes import without_weights
+from plumbing.fit import ENGINE_ROOM, OUTSIDE, PICTURED
 from plumbing.run.checkpoint import Progress
 from plumbing.run.config import parser, resolve
 from plumbing.run.setup import setup
 from plumbing.run.sync import SYNC_TOLERANCE, check_sync, gaps
 
 ROOT = Path(__file__).resolve().parent.parent
-# Memory may rise by this factor more than was planned.
-PLANNED = 1.2
 # Pixels of a picture of the step, words beside it, the most tokens of a prompt and of a response,
 # and the tokens of the short responses that are compared. The real ones make one group of four a
 # pass of 8,192 tokens with one picture, which is what plumbing/fit.py plans with.
@@ -138,37 +134,12 @@ class SelfTest:
             holder.banned[parts.processors[0].eos_token_id] = True
         parts.sampler.sync(parts.policy)
         train.train_step(parts, progress)
-        rises = []
-        with patch.object(train, "update", self.rising(train.update, rises)):
-            metrics = train.train_step(parts, progress)
+        metrics = train.train_step(parts, progress)
         names = "seconds phases tokens_per_second response_tokens peak_memory_gb"
         said = {name: metrics[name] for name in names.split()}
-        said["an update is planned to add, GB"] = planned = self.planned()
-        if self.cuda:
-            said["an update adds, GB"] = (max(rises) / 1e9, PLANNED * planned)
         said["skipped updates"] = (float(metrics["skipped_updates"]), 0.5)
         said["sampler_gap"] = (metrics["sampler_gap"], SYNC_TOLERANCE[parts.cfg.dtype])
         return said
-
-    def rising(self, update, found):
-        """train.update, which then also tells the list `found` by how many bytes its tensors rise
-        above what is there all the time. What vLLM keeps while it sleeps counts as being there."""
-
-        def watched(*arguments):
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            done = update(*arguments)
-            found.append(torch.cuda.max_memory_allocated() - before)
-            return done
-
-        return watched if self.cuda else update
-
-    def planned(self):
-        """GB of gradients and activations that the planner expects of an update here."""
-        memory = device_memory(self.device) if self.cuda else 80e9
-        cfg = resolve(vars(parser().parse_args(self.words())), cuda=True)[0]
-        update = plan(without_weights(self.folder), cfg, 1, memory).phases["update"]
-        return (update["gradients"] + update["activations"]) / 1e9
 
     def sleep(self):
         """What the engine gives back while it sleeps, and whether it wakes as it was."""
