@@ -7,9 +7,7 @@ is what plumbing.models.shapes.without_weights makes of a name.
 """
 
 import sys
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import combinations
+from dataclasses import dataclass
 
 from plumbing.base.optimizer import whole_gradients
 from plumbing.models.families import family_of
@@ -42,9 +40,8 @@ def sleep_level(trained, frozen, world, memory, cfg):
     return 0 if needed <= (1 - cfg.gpu_memory_utilization) * memory else 2
 
 
-@cache
 def size(module):
-    """Its parameters, those of a tied head once; remembered, since no model here ever changes."""
+    """Its parameters, those of a tied head once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -156,57 +153,23 @@ def plan(model, cfg, world, memory):
     return Plan(phases, totals, fits, level, host, disk, missing, exchange)
 
 
-# What can be changed, in the order in which it is tried: what costs least first.
-MOVES = {
-    "--activation_checkpointing": ("activation_checkpointing", True),
-    "--sleep 2": ("sleep", 2),
-    "--gpu_memory_utilization 0.4": ("gpu_memory_utilization", 0.4),
-    "--gpu_memory_utilization 0.3": ("gpu_memory_utilization", 0.3),
-    "--gpu_memory_utilization 0.6": ("gpu_memory_utilization", 0.6),
-    "--tokens_per_forward 8192": ("tokens_per_forward", 8192),
-    "--lora_rank 16": ("lora_rank", 16),
-    "2 times as many GPUs": ("GPUs", 2),
-    "4 times as many GPUs": ("GPUs", 4),
-    "--cpu_offload": ("cpu_offload", True),
-    "--beta 0": ("beta", 0.0),
-    "8 times as many GPUs": ("GPUs", 8),
-}
-
-
-def nearest(model, cfg, world, memory):
-    """Up to three ways to fit, in words, with as few moves as possible."""
-    for few in (1, 2, 3):
-        found = []
-        for moves in combinations(MOVES, few):
-            knobs = dict(MOVES[move] for move in moves)
-            more = knobs.pop("GPUs", 1)
-            if more > 1 and any("GPUs" in way for way in found):
-                continue  # fewer of them do
-            if plan(model, replace(cfg, **knobs), more * world, memory).fits:
-                found.append(" with ".join(moves))
-        if found:
-            return found[:3]
-    return []
-
-
 def gb(n):
     return f"{n / 1e9:.1f}"
 
 
 def verdict(model, cfg, world, memory):
-    """-> (Plan, "" if it fits, or one sentence with what is short and the nearest that fits)"""
+    """-> (Plan, "" if it fits, or one sentence with what is short and what makes room)"""
     made = plan(model, cfg, world, memory)
     if made.fits:
         return made, ""
     phase = max(made.totals, key=made.totals.get)
-    needed, ways = made.totals[phase], nearest(model, cfg, world, memory)
+    needed, advice = made.totals[phase], "--lora_rank 16, more GPUs or --cpu_offload make room"
     short = f"{phase} needs {gb(needed)} GB on each of {world} GPUs that have {gb(memory)}"
     if made.missing > needed - memory:
         share = f"--gpu_memory_utilization {cfg.gpu_memory_utilization} of {gb(memory)} GB"
-        short = f"the engine needs {gb(made.missing)} GB more than its {share}"
+        short, advice = f"the engine needs {gb(made.missing)} GB more than its {share}", "raise it"
     if world == 1 and memory < 32e9 and not cfg.card:
-        ways.append("--card 24gb, settings for such a card")
-    advice = f"these fit: {', or '.join(ways)}" if ways else "no change that is known here fits"
+        advice = "--card 24gb has settings for such a card"
     return made, f"this does not fit: {short}; {advice} (docs/gpus.md)"
 
 
