@@ -99,7 +99,6 @@ class SftConfig:
     max_pixels: int = borrow("max_pixels")
     dtype: str = borrow("dtype")
     activation_checkpointing: bool = borrow("activation_checkpointing")
-    cpu_offload: bool = borrow("cpu_offload")
     eval_every: int = borrow("eval_every", part="Watching and saving")
     eval_questions: int = borrow("eval_questions", help="conversations in a validation")
     save_every: int = borrow("save_every")
@@ -184,8 +183,6 @@ def sft_setup(cfg):
     check_space(policy, steps, cfg, say)
     if cfg.activation_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.cpu_offload:
-        processes.use_cores()
     optimizer = Optimizer(policy, cfg, cosine(cfg.warmup_updates, steps))
     validation, cfg = held_out[0] if held_out else None, replace(cfg, steps=steps)
     return SftParts(cfg, processes, folder, stream, validation, policy, optimizer, log)

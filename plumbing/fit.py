@@ -107,7 +107,6 @@ class Plan:
     totals: dict  # {phase: bytes on each GPU}
     fits: bool
     level: int  # --sleep, decided
-    host: float  # of one process's shards in host memory
     disk: float  # of the checkpoints while one more is being saved
     missing: float  # what the engine lacks within its own share
     exchange: bool  # whether every pass exchanges gradients
@@ -117,16 +116,13 @@ def plan(model, cfg, world, memory):
     """What a run of cfg on `world` GPUs of `memory` bytes takes -> Plan"""
     (trained, frozen), b = counts(model, cfg), DTYPES[cfg.dtype].itemsize
     text, vllm = model.config.text_config, cfg.sampler == "vllm"
-    exchange = cfg.cpu_offload or not whole_gradients(trained, memory)
+    exchange = not whole_gradients(trained, memory)
     # Shards of masters, Adam's moments and a reference in float32. What LoRA freezes is kept in
     # cfg.dtype, and is the reference.
     shard = 4 * trained / world
     always = dict(weights=shard + b * frozen / world, moments=2 * shard)
     always |= dict(reference=shard if cfg.beta > 0 and not frozen else 0)
-    gradients, host = shard if exchange else 4 * trained, 0
-    if cfg.cpu_offload:
-        host = sum(always.values()) + gradients
-        always, gradients, shard = dict.fromkeys(always, 0), 0, 0
+    gradients = shard if exchange else 4 * trained
     level = sleep_level(trained, frozen, world, memory, cfg) if cfg.sleep < 0 else cfg.sleep
     copy = b * size(model) / cfg.tensor_parallel  # the engine's weights
     awake = cfg.gpu_memory_utilization * memory if vllm else copy
@@ -150,7 +146,7 @@ def plan(model, cfg, world, memory):
     disk = bytes_of(trained, frozen, cfg) * ((cfg.keep or -(-cfg.steps // cfg.save_every)) + 1)
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     fits = max(totals.values()) <= memory and missing <= 0
-    return Plan(phases, totals, fits, level, host, disk, missing, exchange)
+    return Plan(phases, totals, fits, level, disk, missing, exchange)
 
 
 def gb(n):
@@ -163,7 +159,7 @@ def verdict(model, cfg, world, memory):
     if made.fits:
         return made, ""
     phase = max(made.totals, key=made.totals.get)
-    needed, advice = made.totals[phase], "--lora_rank 16, more GPUs or --cpu_offload make room"
+    needed, advice = made.totals[phase], "--lora_rank 16 or more GPUs make room"
     short = f"{phase} needs {gb(needed)} GB on each of {world} GPUs that have {gb(memory)}"
     if made.missing > needed - memory:
         share = f"--gpu_memory_utilization {cfg.gpu_memory_utilization} of {gb(memory)} GB"
@@ -199,8 +195,6 @@ def main():
     print(f"{phase_table(made)}\n")
     disk = f"{gb(made.disk)} GB of checkpoints"
     print(f"gradients are exchanged {how}; --sleep {made.level}; {disk}")
-    if made.host:
-        print(f"in host memory: {gb(made.host)} GB for each process")
     print(f"error: {short}" if short else "it fits")
     sys.exit(bool(short))
 

@@ -60,9 +60,9 @@ class Optimizer:
     def sync_gradients(self, policy, now):
         """Whether the next backward pass exchanges gradients between processes: the last one of an
         update does (now); those before it only where gradients cannot add up whole on each process
-        (whole_gradients), and with --cpu_offload, which asks for memory."""
+        (whole_gradients)."""
         if isinstance(policy, FSDPModule):
-            add_up = not self.cfg.cpu_offload and whole_gradients(self.parameters, self.memory) > 0
+            add_up = whole_gradients(self.parameters, self.memory) > 0
             policy.set_requires_gradient_sync(now or not add_up)
 
     def step(self, policy):

@@ -72,12 +72,6 @@ class Processes:
         own |= {"rank": self.rank, "world_size": self.world, "timeout": PATIENCE}
         dist.init_process_group(backend, **own)
 
-    def use_cores(self):
-        """Take this process's share of the machine's cores. torchrun and vLLM, as it starts, leave
-        torch a single thread, and with --cpu_offload Adam runs on the host."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
     def barrier(self):
         """Wait until every process is here."""
         if self.world > 1:

@@ -147,8 +147,8 @@ def load_policy(folder, make, cfg, processes):
         state, buffers = whole.state_dict(), dict(whole.named_buffers())
         for name, buffer in policy.named_buffers():
             buffer.copy_(buffers[name])
-    how = dict(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=cfg.cpu_offload)
-    set_model_state_dict(policy, state, options=StateDictOptions(**how, strict=False))
+    how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(policy, state, options=how)
     for buffer in policy.buffers():  # not in the state: tables of the rotary positions, the ban
         dist.broadcast(buffer, 0)
     return policy
@@ -192,14 +192,11 @@ def empty_policy(folder, make, cfg, device):
     policy = make(vlm)
     prepare(vlm, policy.family)
     precision = fsdp.MixedPrecisionPolicy(param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32)
-    offload = fsdp.CPUOffloadPolicy() if cfg.cpu_offload else fsdp.OffloadPolicy()
     # Named, since torch's default is a GPU wherever there is one, and `device` may be a CPU.
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for part in [*policy.family.blocks(vlm), policy]:
-        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    policy.to_empty(device="cpu" if cfg.cpu_offload else device)
-    for buffer in policy.buffers():  # with --cpu_offload, too, where the policy computes
-        buffer.data = torch.empty_like(buffer, device=device)
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision)
+    policy.to_empty(device=device)
     vlm.tie_weights()
     return policy
 

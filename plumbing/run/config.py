@@ -258,9 +258,6 @@ class Config:
         "compute the layers again in the backward pass instead of keeping them; default: with CUDA",
         part="Memory and speed; never the result",
     )
-    cpu_offload: bool = knob(
-        False, "weights, gradients and moments live in host memory (CUDA, FSDP2)"
-    )
 
     eval_every: int = knob(
         5, "steps between validations; 0: only before and after", low=0, part="Watching and saving"
@@ -282,9 +279,8 @@ class Config:
     # What a resumed run may change: nothing that alters the weights it arrives at by more than
     # rounding does.
     free_on_resume: ClassVar = frozenset(
-        "tokens_per_forward activation_checkpointing cpu_offload "
-        "gpu_memory_utilization sleep resume other_rows out steps eval_every eval_questions eval_n "
-        "save_every keep log".split()
+        "tokens_per_forward activation_checkpointing gpu_memory_utilization sleep resume "
+        "other_rows out steps eval_every eval_questions eval_n save_every keep log".split()
     )
 
     # Of what is the same in every run.

@@ -116,8 +116,6 @@ def setup(cfg):
     sampler = build_sampler(settings, folder, vlm, processors, banned, processes.world)
     # A resumed run makes the optimizer's state before the first sync; there is no room for both.
     sampler.sleep()
-    if cfg.cpu_offload:
-        processes.use_cores()
     optimizer = Optimizer(policy, cfg)
     data = cfg, processes, folder, processors, stream, validation
     return Parts(*data, policy, reference, optimizer, sampler, masker, Grader(), log)
