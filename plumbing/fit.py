@@ -24,20 +24,8 @@ OUTSIDE = 3e9
 # logits and workspaces; and for each token of its largest prefill, three times what the widest
 # layer of Qwen2.5-VL's tower makes of it (4 patches, 2 x 3,420 channels in bfloat16). Estimates.
 ENGINE_ROOM, PREFILL_ROOM = 2e9, 160e3
-# Bytes for activations that --sleep -1 leaves beside an awake engine, with activation checkpointing
-# and without it: those of Qwen2.5-VL-3B at 16,384 tokens.
-ROOM = {True: 20e9, False: 100e9}
 # An update is planned with a picture of so many tokens in every so many tokens of a pass.
 PICTURED, PICTURE_EVERY = 1024, 8192
-
-
-def sleep_level(trained, frozen, world, memory, cfg):
-    """--sleep -1, decided: 0 if weights, moments, reference, gradients and ROOM fit beside an awake
-    engine, else 2. trained, frozen: how many parameters; memory: of each device, in bytes"""
-    copies = 16 + 4 * (cfg.beta > 0 and not cfg.lora_rank)
-    needed = (copies * trained + 2 * frozen) / world + whole_gradients(trained, memory)
-    needed += ROOM[cfg.activation_checkpointing]
-    return 0 if needed <= (1 - cfg.gpu_memory_utilization) * memory else 2
 
 
 def size(module):
@@ -106,7 +94,6 @@ class Plan:
     phases: dict
     totals: dict  # {phase: bytes on each GPU}
     fits: bool
-    level: int  # --sleep, decided
     disk: float  # of the checkpoints while one more is being saved
     missing: float  # what the engine lacks within its own share
     exchange: bool  # whether every pass exchanges gradients
@@ -123,10 +110,9 @@ def plan(model, cfg, world, memory):
     always = dict(weights=shard + b * frozen / world, moments=2 * shard)
     always |= dict(reference=shard if cfg.beta > 0 and not frozen else 0)
     gradients = shard if exchange else 4 * trained
-    level = sleep_level(trained, frozen, world, memory, cfg) if cfg.sleep < 0 else cfg.sleep
     copy = b * size(model) / cfg.tensor_parallel  # the engine's weights
     awake = cfg.gpu_memory_utilization * memory if vllm else copy
-    asleep = 0 if vllm and level else awake
+    asleep = 0 if vllm and cfg.sleep else awake
     tensor = 6 * text.vocab_size * text.hidden_size  # the largest, in float32 and bfloat16
     # A group is never split, however small --tokens_per_forward.
     group = cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
@@ -146,7 +132,7 @@ def plan(model, cfg, world, memory):
     disk = bytes_of(trained, frozen, cfg) * ((cfg.keep or -(-cfg.steps // cfg.save_every)) + 1)
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     fits = max(totals.values()) <= memory and missing <= 0
-    return Plan(phases, totals, fits, level, disk, missing, exchange)
+    return Plan(phases, totals, fits, disk, missing, exchange)
 
 
 def gb(n):
@@ -193,8 +179,7 @@ def main():
     N, how = sum(counts(model, cfg)), "at every pass" if made.exchange else "once an update"
     print(f"{cfg.model}, {N / 1e9:.2f} billion parameters; {world} x {gb(memory)} GB\n")
     print(f"{phase_table(made)}\n")
-    disk = f"{gb(made.disk)} GB of checkpoints"
-    print(f"gradients are exchanged {how}; --sleep {made.level}; {disk}")
+    print(f"gradients are exchanged {how}; {gb(made.disk)} GB of checkpoints")
     print(f"error: {short}" if short else "it fits")
     sys.exit(bool(short))
 

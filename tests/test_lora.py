@@ -11,7 +11,6 @@ from test_train import two_are_one
 
 import plumbing.merge
 from plumbing.base.common import generator
-from plumbing.fit import sleep_level
 from plumbing.models import lora, weights
 from plumbing.models.weights import full_parameters, load_vlm
 from plumbing.run import checkpoint
@@ -176,9 +175,7 @@ def test_adapters_that_cannot_be_merged_get_one_sentence(saved):
 def test_settings_with_lora_and_on_a_small_card():
     card = resolve({"card": "24gb", "lora_rank": 32, "group_size": 4}, True)[0]
     card.check(1, True)
-    assert (card.lora_rank, card.sleep, card.group_size, card.lr) == (32, 2, 4, 1e-5)
-    # 3.75 billion frozen parameters, 30 million trained: 7.5, 0.6 and 20 GB of room.
-    assert [sleep_level(30e6, 3.75e9, 1, memory, card) for memory in (80e9, 48e9)] == [0, 2]
+    assert (card.lora_rank, card.group_size, card.lr) == (32, 4, 1e-5)
 
 
 def test_nothing_of_the_frozen_weights_is_saved(tmp_path, cfg):

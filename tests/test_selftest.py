@@ -47,8 +47,8 @@ def test_the_planner_says_that_the_run_fits(tmp_path, gigabytes):
     selftest.folder = tmp_path
     words = [*selftest.words(), "--sampler", "vllm"]
     cfg = resolve(vars(parser().parse_args(words)), cuda=True)[0]
-    made, short = verdict(without_weights(tmp_path), cfg, 1, gigabytes * 1e9)
-    assert short == "" and made.level == 2
+    _, short = verdict(without_weights(tmp_path), cfg, 1, gigabytes * 1e9)
+    assert short == ""
     longest = cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
     assert longest == cfg.tokens_per_forward  # a group is the pass that is planned
 

@@ -239,13 +239,7 @@ class Config:
     gpu_memory_utilization: float = knob(
         0.5, "share of a GPU that the vLLM engine may take", low=0.01, high=1
     )
-    sleep: int = knob(
-        -1,
-        "what the engine gives back while training: 0 nothing, 1 its memory but for a copy of the "
-        "weights on the host, 2 everything; -1: 0 if all fits, else 2",
-        low=-1,
-        high=2,
-    )
+    sleep: bool = knob(True, "the engine gives its memory back while training (on GPUs)")
     importance_cap: float = knob(
         0.0,
         "truncated importance sampling: the policy term weighs min(pi_trainer / pi_sampler, cap); "
@@ -371,7 +365,6 @@ CARDS = {
         max_pixels=640 * 28 * 28,
         tokens_per_forward=8192,
         activation_checkpointing=True,
-        sleep=2,
         gpu_memory_utilization=0.45,
     )
 }

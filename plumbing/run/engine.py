@@ -46,7 +46,7 @@ class VLLMSampler(Sampler):
 
         self.family = family_of(AutoConfig.from_pretrained(folder))
         self.pad = tok.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.level = cfg.sleep if torch.cuda.is_available() else 0  # the CPU build cannot sleep
+        self.sleeps = cfg.sleep and torch.cuda.is_available()  # the CPU build cannot
         try:
             with doing("starting the vLLM engine", aloud=True):
                 self.llm = LLM(**self._settings(folder, cfg, world))
@@ -76,7 +76,7 @@ class VLLMSampler(Sampler):
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world > 1 else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            enable_sleep_mode=self.level > 0,
+            enable_sleep_mode=self.sleeps,
             enforce_eager=not cuda,  # CUDA graphs pay off on a GPU only
             enable_chunked_prefill=None if cuda else False,  # the CPU build cannot rewind its draws
             disable_custom_all_reduce=True,  # it and expandable segments exclude each other
@@ -193,10 +193,10 @@ class VLLMSampler(Sampler):
         self.engine.reset_encoder_cache()
 
     def sleep(self):
-        """Give memory back to the trainer until the next sync. Level 1 keeps the weights in host
-        memory; level 2 drops them, and the sync brings new ones before the engine wakes."""
-        if self.level:
-            self.llm.sleep(self.level)
+        """Give memory back to the trainer until the next sync, which brings new weights: so level
+        2, which keeps no copy of the old ones."""
+        if self.sleeps:
+            self.llm.sleep(2)
             self.asleep = True
 
     def close(self):

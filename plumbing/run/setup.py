@@ -10,7 +10,7 @@ no reference, and the frozen model takes 2 bytes a parameter over W.
 
 import os
 import sysconfig
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,6 @@ from plumbing.data.prompts import Stream, encode
 from plumbing.data.sources import load, splits_of, usable, validation_split, warn_of_shared_rows
 from plumbing.grading.workers import Grader
 from plumbing.models.families import TOYS
-from plumbing.models.lora import count
 from plumbing.models.weights import (
     DTYPES,
     banned_tokens,
@@ -111,9 +110,7 @@ def setup(cfg):
     if processes.sharded and cfg.sampler == "hf":  # the sampler's own whole copy
         with doing("loading the sampler's copy", aloud=True):
             vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(processes.device)
-    level = sleep_level_here(policy, cfg, processes)
-    settings = cfg if level == cfg.sleep else replace(cfg, sleep=level)
-    sampler = build_sampler(settings, folder, vlm, processors, banned, processes.world)
+    sampler = build_sampler(cfg, folder, vlm, processors, banned, processes.world)
     # A resumed run makes the optimizer's state before the first sync; there is no room for both.
     sampler.sleep()
     optimizer = Optimizer(policy, cfg)
@@ -196,13 +193,3 @@ def lone_sampler(cfg, folder, processors):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             vlm = load_vlm(folder, DTYPES[cfg.dtype]).to(device)
     return build_sampler(cfg, folder, vlm, processors, banned)
-
-
-def sleep_level_here(policy, cfg, processes):
-    """What the engine must give back while training; --sleep -1 is decided by this GPU's memory."""
-    if cfg.sleep >= 0 or processes.device.type != "cuda":
-        return cfg.sleep
-    from plumbing.fit import sleep_level
-
-    memory = device_memory(processes.device)
-    return sleep_level(*count(policy), processes.world, memory, cfg)
