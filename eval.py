@@ -10,7 +10,6 @@ Writes one JSON line a response, and goes on where it stopped when it is called 
 sets are the paper's: every set weighs the same (Table 1).
 """
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -53,8 +52,6 @@ class Asking:
     n: int  # responses a question
     name: tuple  # of its random draws, such as (seed, "eval", set)
     blind: bool = False  # every picture is black
-    # How many chunks to ask for, the last ones empty: it keeps processes of one engine in step.
-    chunks: int | None = None
 
 
 def ask(
@@ -66,9 +63,8 @@ def ask(
     grade(texts, truths) -> a list of dicts
     """
     tok, image_processor = processors
-    chunks = plan.chunks or math.ceil(len(examples) / CHUNK)
     with Bar(f"evaluating {plan.name[-1]}", len(examples) * plan.n, "responses") as bar:
-        for start in range(0, chunks * CHUNK, CHUNK):
+        for start in range(0, len(examples), CHUNK):
             batch = examples[start : start + CHUNK]
             prompts = encode_all(batch, tok, image_processor, plan.blind)
             seeds = [(*plan.name, p.example.id) for p in prompts]
@@ -108,8 +104,7 @@ def evaluate_splits(parts: Parts, splits: list[str], n: int, name: str) -> dict[
         data = parts.validation[split]
         questions = min(len(data), cfg.eval_questions)
         mine = [data[i] for i in range(processes.rank, questions, processes.world)]
-        chunks = math.ceil(questions / processes.world / CHUNK)
-        plan = Asking(n, (cfg.seed, name, split), chunks=chunks)
+        plan = Asking(n, (cfg.seed, name, split))
         answers = ask(mine, plan, parts.sampler, parts.processors, grade)
         records = processes.gather([r for records in answers for r in records])
         if not records:

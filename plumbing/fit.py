@@ -110,7 +110,7 @@ def plan(model, cfg, world, memory):
     always = dict(weights=shard + b * frozen / world, moments=2 * shard)
     always |= dict(reference=shard if cfg.beta > 0 and not frozen else 0)
     gradients = shard if exchange else 4 * trained
-    copy = b * size(model) / cfg.tensor_parallel  # the engine's weights
+    copy = b * size(model)  # the engine's weights
     awake = cfg.gpu_memory_utilization * memory if vllm else copy
     asleep = 0 if vllm and cfg.sleep else awake
     tensor = 6 * text.vocab_size * text.hidden_size  # the largest, in float32 and bfloat16
@@ -128,7 +128,7 @@ def plan(model, cfg, world, memory):
     keys = model.model.language_model.layers[0].self_attn.k_proj.out_features
     cache = 2 * b * text.num_hidden_layers * keys * group
     room = ENGINE_ROOM + PREFILL_ROOM * prefill_tokens(cfg, cuda=True)
-    missing = copy + cache / cfg.tensor_parallel + room - awake if vllm else 0
+    missing = copy + cache + room - awake if vllm else 0
     disk = bytes_of(trained, frozen, cfg) * ((cfg.keep or -(-cfg.steps // cfg.save_every)) + 1)
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     fits = max(totals.values()) <= memory and missing <= 0

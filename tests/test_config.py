@@ -101,7 +101,6 @@ BAD = [
     (dict(mask_ratio=1.5), "between 0 and 1"),
     (dict(perception="exact", masked_branch="kept"), "fresh or grad"),
     (dict(columns="problem,answer"), "name three"),
-    (dict(tensor_parallel=2), "cannot be shared out"),
     (dict(group_size=1), "at least 2"),
     (dict(prompts_per_step=5, prompts_per_update=2), "no multiple"),
     (dict(min_pixels=2000, max_pixels=1000), "is more than --max_pixels"),

@@ -235,7 +235,6 @@ class Config:
         ["vllm", "hf"],
         part="The sampler; see rollout.py and plumbing/run/engine.py",
     )
-    tensor_parallel: int = knob(1, "processes that share one vLLM engine", above=0)
     gpu_memory_utilization: float = knob(
         0.5, "share of a GPU that the vLLM engine may take", low=0.01, high=1
     )
@@ -493,7 +492,7 @@ def check_knobs(cfg, cuda):
 
 def check_training(cfg, world_size, cuda):
     """End with a sentence on what combines settings of train.py and cannot work."""
-    per_step, per_update, size = cfg.prompts_per_step, cfg.prompts_per_update, cfg.tensor_parallel
+    per_step, per_update = cfg.prompts_per_step, cfg.prompts_per_update
     if cfg.group_size < 2:
         fail(f"--group_size {cfg.group_size}: an advantage needs at least 2 responses")
     if per_step % per_update:
@@ -501,8 +500,6 @@ def check_training(cfg, world_size, cuda):
     if per_update % world_size:
         shared = f"--prompts_per_update {per_update} cannot be shared equally by {world_size}"
         fail(f"{shared} processes; use a multiple of {world_size}")
-    if world_size % size:
-        fail(f"{world_size} processes cannot be shared out to engines of --tensor_parallel {size}")
     if 0 < cfg.dual_clip <= 1:
         fail(f"--dual_clip {cfg.dual_clip}: must be greater than 1, or 0 for none")
     if cfg.perception == "exact" and cfg.masked_branch == "kept":

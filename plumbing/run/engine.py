@@ -5,7 +5,6 @@ import os
 from hashlib import sha256
 
 import torch
-import torch.distributed as dist
 
 from loss import policy_logits
 from plumbing.base.common import fail, first_line, generator
@@ -28,8 +27,8 @@ ENVIRONMENT = {
 
 
 class VLLMSampler(Sampler):
-    """A vLLM engine in this process, beside the trainer: one a process, or one for every
-    cfg.tensor_parallel of them. It takes the trainer's token ids and rows of pixels.
+    """A vLLM engine in this process, beside the trainer. It takes the trainer's token ids and rows
+    of pixels.
 
     Logits pass through the trainer's own policy_logits before anything is done to them. So banned
     tokens cannot be sampled, and the engine's raw log-probs are those of the trainer's
@@ -73,7 +72,6 @@ class VLLMSampler(Sampler):
             dtype=cfg.dtype,
             seed=cfg.seed,
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
-            tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher" if world > 1 else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
             enable_sleep_mode=self.sleeps,
@@ -92,7 +90,6 @@ class VLLMSampler(Sampler):
 
     def _generate(self, prompts, n, seeds, limit):
         requests = [self._request(p, n, seed, limit) for p, seed in zip(prompts, seeds)]
-        requests, mine = self._of_all(requests)
         refused, done = {}, {}
         for i, (parts, params) in enumerate(requests):
             try:
@@ -104,23 +101,9 @@ class VLLMSampler(Sampler):
                 finished = [out for out in self.engine.step() if out.finished]
                 done |= {int(out.request_id): out for out in finished}
                 bar.update(len(finished))
-        for i, prompt in zip(mine, prompts):
-            if i in refused:
-                refuse(prompt, refused[i])
-        return [self._read(done[i]) if i in done else None for i in mine]
-
-    def _of_all(self, requests):
-        """The processes of one engine must ask for the same, in one order -> (requests of them all,
-        which of them are mine)"""
-        if self.cfg.tensor_parallel == 1:
-            return requests, range(len(requests))
-        from vllm.distributed.parallel_state import get_tp_group
-
-        group, parts = get_tp_group(), [None] * self.cfg.tensor_parallel
-        dist.all_gather_object(parts, requests, group=group.cpu_group)
-        start = sum(map(len, parts[: group.rank_in_group]))
-        everything = [request for part in parts for request in part]
-        return everything, range(start, start + len(requests))
+        for i, why in refused.items():
+            refuse(prompts[i], why)
+        return [self._read(done[i]) if i in done else None for i in range(len(prompts))]
 
     def _request(self, prompt, n, seed, limit):
         """-> ((token ids, pixels or None, grid or None), vLLM's sampling parameters)"""

@@ -4,8 +4,8 @@ data first, since what is wrong with it shows in seconds; then models; then the 
 Memory, per process, with N parameters over W processes: weights, gradients and Adam's two moments
 in float32 are 16 N / W bytes, the reference 4 N / W; while gradients add up over the passes of an
 update they may be whole, 4 N (optimizer.whole_gradients); and the sampler holds its own whole copy
-(2 N in bfloat16, shared by --tensor_parallel processes). With LoRA N counts the adapters, there is
-no reference, and the frozen model takes 2 bytes a parameter over W.
+(2 N in bfloat16). With LoRA N counts the adapters, there is no reference, and the frozen model
+takes 2 bytes a parameter over W.
 """
 
 import os
