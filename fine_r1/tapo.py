@@ -77,7 +77,7 @@ class Tapo(Config):
     def check(self, world_size, cuda):
         """As Config's, and what the parts of a group need."""
         super().check(world_size, cuda)
-        own = {"low": -1, "high": self.group_size - 1}  # at least one is on the prompt's own picture
+        own = {"low": -1, "high": self.group_size - 1}  # one is on the prompt's own picture
         check_bounds("second_rollouts", self.second_rollouts, own)
         if self.data == "toy":
             fail(
