@@ -124,7 +124,7 @@ def result_of(work, arm, seed):
     """One model, asked -> its part of the results. One that is not trained has seeds of asking."""
     model, out = model_of(work, arm, seed), work / f"answers-{arm}-seed{seed}.jsonl"
     line, *_, asked, files = ARMS[arm]
-    data = ",".join(f"{work / 'kinds' / files}{test}.parquet" for test in TESTS)
+    data = ",".join(f"{work}/kinds/{files}{test}.parquet" for test in TESTS)
     asked = f"eval.py --n 4 --reward tagged --sampler hf {asked}"
     call(asked, out, out=out, model=model, data=data, seed=1 if line else seed)
     found = {k.removeprefix(files): summarise(r)["accuracy"] for k, r in read(out).items()}

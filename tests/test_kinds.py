@@ -208,9 +208,9 @@ def test_an_arm_takes_two_steps_and_is_asked(name, folder, monkeypatch):
         line = f"{a.line} {'' if 'sft' in a.line else batch} {more} --steps 2" if a.line else ""
         asked = f"{a.asked} --questions 4 --n 1"
         monkeypatch.setitem(bench.ARMS, arm, a._replace(line=line, asked=asked, steps=2))
-    result = bench.result_of(folder.parent, name, 3)
+    result, arm = bench.result_of(folder.parent, name, 3), bench.ARMS[name]
     assert list(result["after"]) == bench.TESTS
     assert bool(result["commit"]) == bool(result["command"])
     texts = (folder.parent / f"answers-{name}-seed3.jsonl").read_text().splitlines()
     tokens = [json.loads(line)["tokens"] for line in texts]
-    assert len(tokens) == 16 and (max(tokens) <= 4) == ("--max" in bench.ARMS[name].asked)
+    assert len(tokens) == 16 and (max(tokens) <= 4) == ("--max" in arm.line + arm.asked)
