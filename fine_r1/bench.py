@@ -1,7 +1,7 @@
 """Fine-R1's baselines, stages and ablations on birds that differ in a crest.
 
     python fine_r1/bench.py --judge     # train nothing: the page of what results/ holds
-    python fine_r1/bench.py             # what is missing of it, three hours on one core
+    python fine_r1/bench.py             # what is missing of it: by estimate three hours on a core
     python fine_r1/bench.py --harder    # the same on the harder birds of fine_r1/kinds.py
 
 Every model answers four test files. Call it again after an interruption: what is whole is kept, and
@@ -64,9 +64,9 @@ ARMS = {
     "2 to 6": Arm(f"{TAPO} --second_rollouts 6"),
     "on the anchor": Arm(f"{TAPO} --update_on anchor"),
 }
-# Who is above whom: where the paper says so, the start of the names of the test files of which it
-# does, and the pairs; the last ones are only asked. Written when there were runs of base, CoT SFT,
-# DAPO, PAPO_D and TAPO alone.
+# Who is above whom in the paper: the figure or table, which test files it speaks of, by how their
+# names begin, and the pairs. Of the last ones this paper names no winner.
+# Written when there were runs of base, CoT SFT, DAPO, PAPO_D and TAPO alone.
 RULES = [
     ("Figure 3a", "test_seen", "labels > base, No-Thinking-RL > base, labels > No-Thinking-RL"),
     ("Figure 3a", "test_seen", "TAPO > labels"),

@@ -1,7 +1,7 @@
 """Fine-R1's two stages in minutes: a base model that names birds in haste, and files to mend it.
 
     python -m fine_r1.kinds out/kinds      # README.md beside this file goes on from here
-    python -m fine_r1.kinds out/harder --harder
+    python -m fine_r1.kinds out/harder --harder    # smaller crests; files with a shortcut
 
 The base was taught in haste. At times it looks for the crest that tells a bird from those like it
 (fine_r1/birds.py); at times it sees the family and names one of its birds. It knows better than it
@@ -143,10 +143,9 @@ def learn_base(folder, updates=UPDATES, crest=birds.PLAIN.crest):
 def answer_at_once(base, folder):
     """The base with a chat template that ends in an empty thought, as those of models have whose
     thinking can be switched off -> folder"""
-    tok = tokenizer(WORDS)
-    asked = "<|im_start|> assistant {% endif %}"
-    thought = birds.response_of("", "").partition("<answer>")[0]
-    tok.chat_template = tok.chat_template.replace(asked, asked.replace("{%", f"{thought}{{%"))
+    tok, thought = tokenizer(WORDS), birds.response_of("", "").partition("<answer>")[0]
+    before, end, _ = tok.chat_template.rpartition("{% endif %}")  # of what asks for an answer
+    tok.chat_template = before + thought + end
     return save_once((load_vlm(base), tok, processor()), folder)
 
 

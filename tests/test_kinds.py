@@ -22,6 +22,7 @@ from fine_r1 import bench, birds, kinds, sft
 from fine_r1.birds import BIRDS, BODIES, CRESTS, GROUNDS, HARDER, PLAIN
 from fine_r1.conversations import Conversations
 from fine_r1.tapo import Tapo
+from plumbing.data.prompts import Example, encode
 from plumbing.data.sources import Rows
 from plumbing.models.weights import load_processors
 from plumbing.run.config import Config, parser, resolve
@@ -157,6 +158,9 @@ def test_the_hasty_teacher_is_as_hasty_as_it_says():
 def test_the_folder_is_read_and_learned_from(folder, tmp_path, monkeypatch):
     cfg, _ = resolve({"model": str(folder / "base"), "data": "x.parquet"}, cuda=False)
     both = load_processors(folder / "base", cfg)
+    silent = load_processors(folder / "at_once", cfg)
+    asked = [encode(Example("", "what bird is this ?", ""), *p).ids for p in (both, silent)]
+    assert silent[0].decode(asked[1][len(asked[0]) :]) == "<think> </think>"
     data = Conversations(folder / "sft.parquet", "train")
     assert len(data) == len(BIRDS) - len(UNSEEN) and not data.faults(*both, 128)
     texts = [text for row in data for _, text in row.turns]
