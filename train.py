@@ -124,7 +124,7 @@ def roll_out(prompts: dict[int, Prompt], parts: Parts, step: int, clock: Clock) 
     cfg, G, groups = parts.cfg, parts.cfg.group_size, []
     seeds = [(cfg.seed, "sample", step, position) for position in prompts]
     with clock("rollout"):
-        if cfg.second_prompt:  # of a variant
+        if cfg.second_size:  # of a variant
             rollouts = sample_on_two(prompts, parts, step)
         else:
             rollouts = parts.sampler.generate([*prompts.values()], G, seeds)

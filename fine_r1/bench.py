@@ -1,53 +1,100 @@
-"""Fine-R1's two stages on birds that differ in a crest: CoT SFT, then TAPO beside DAPO and PAPO_D.
+"""Fine-R1's baselines, stages and ablations on birds that differ in a crest.
 
-    python fine_r1/bench.py            # an hour on one core, for what results/ lacks
+    python fine_r1/bench.py --judge     # train nothing: the page of what results/ holds
+    python fine_r1/bench.py             # what is missing of it: by estimate three hours on a core
+    python fine_r1/bench.py --harder    # the same on the harder birds of fine_r1/kinds.py
 
-Every model answers the four test files of fine_r1/kinds.py. Call it again after an interruption:
-what is whole is kept, and what was stopped goes on. Writes results/fine_grained.json and .md.
+Every model answers four test files. Call it again after an interruption: what is whole is kept, and
+what was stopped goes on. Writes results/fine_grained.json and .md, or fine_grained_harder.
 """
 
 import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from paper_on_a_laptop import ROOT, interval, markdown
+from paper_on_a_laptop import ROOT, interval, markdown, verdict
 
-from plumbing.base.common import Parser, write_atomically
+from plumbing.base.common import Parser, read_json, write_atomically
 from plumbing.report.responses import read, summarise
 
 SEEDS = [1, 2, 3]
 TESTS = ["test_seen_open", "test_seen_closed", "test_unseen_open", "test_unseen_closed"]
-RL = "--reward tagged --sampler hf --keep 1 --steps 30"
-# {model: (what makes it, of which file, its last step)}. Of supervised learning, in which every
-# conversation is seen ten times, batch, rate and steps were chosen on `val`.
+
+
+class Arm(NamedTuple):
+    """A model, and how it is asked."""
+
+    line: str = ""  # the command that trains it
+    rows: str = "train"  # on which file; or, where nothing trains it, the folder that it is
+    start: str = "CoT SFT"  # the arm that it goes on from
+    steps: int = 30
+    asked: str = ""  # flags of eval.py
+    files: str = ""  # what the names of its test files begin with
+
+
+# Of supervised learning, in which each of 15 conversations is seen ten times, batch, rate and steps
+# were chosen on `val`. A response of four tokens is an answer, and has no room for a thought.
+SFT = "fine_r1/sft.py --prompts_per_update 8 --lr 3e-5 --steps 20"
+RL, AT_ONCE = "--reward tagged --sampler hf --keep 1 --steps 30", "--max_response_tokens 4"
+TAPO = f"fine_r1/tapo.py {RL}"
 ARMS = {
-    "CoT SFT": ("fine_r1/sft.py --prompts_per_update 8 --lr 3e-5 --steps 20", "sft", 20),
-    "DAPO": (f"train.py --algo dapo {RL}", "train", 30),
-    "PAPO_D": (f"train.py --algo papo_d {RL}", "train", 30),
-    "TAPO": (f"fine_r1/tapo.py {RL}", "train", 30),
+    "base": Arm(rows="base"),
+    "answer only": Arm(rows="at_once", asked=AT_ONCE),
+    "in context": Arm(rows="base", files="in_context_"),
+    "labels": Arm(SFT, "labels", "answer only", 20, AT_ONCE),
+    "CoT SFT": Arm(SFT, "sft", "base", 20),
+    "2 chains": Arm(SFT, "sft_2", "base", 20),
+    "4 chains": Arm(SFT, "sft_4", "base", 20),
+    "CLS-RL": Arm(f"train.py --algo grpo {RL}", start="base"),
+    "No-Thinking-RL": Arm(f"train.py --algo grpo {RL} {AT_ONCE}", "train", "answer only"),
+    "GRPO": Arm(f"train.py --algo grpo {RL}"),
+    "DAPO": Arm(f"train.py --algo dapo {RL}"),
+    "PAPO_D": Arm(f"train.py --algo papo_d {RL}"),
+    "TAPO": Arm(TAPO),
+    "intra": Arm(f"{TAPO} --gamma 0 --eta1 0 --eta2 0"),
+    "inter": Arm(f"{TAPO} --second_rollouts -1"),
+    "6 to 2": Arm(f"{TAPO} --second_rollouts 2"),
+    "2 to 6": Arm(f"{TAPO} --second_rollouts 6"),
+    "on the anchor": Arm(f"{TAPO} --update_on anchor"),
 }
-ABOUT = f"""Written by `python fine_r1/bench.py`. Accuracies are per cent, avg@4 on 240
-questions a file, means over seeds {", ".join(map(str, SEEDS))} with their 95 % interval (Student's
-t); differences are points, with the same seeds on both sides. The three algorithms go on from the
-same CoT SFT of a seed, with the same number of steps, updates and responses."""
+# Who is above whom in the paper: the figure or table, which test files it speaks of, by how their
+# names begin, and the pairs. Of the last ones this paper names no winner.
+# Written when there were runs of base, CoT SFT, DAPO, PAPO_D and TAPO alone.
+RULES = [
+    ("Figure 3a", "test_seen", "labels > base, No-Thinking-RL > base, labels > No-Thinking-RL"),
+    ("Figure 3a", "test_seen", "TAPO > labels"),
+    ("Figure 3a", "test_unseen", "base > labels, TAPO > No-Thinking-RL"),
+    ("Figure 3a", "test", "base > CLS-RL"),
+    ("Figure 3b", "test", "base > in context"),
+    ("Figure 3c", "test", "CoT SFT > base, DAPO > CoT SFT, intra > DAPO, inter > DAPO"),
+    ("Figure 3c", "test", "TAPO > DAPO, TAPO > intra, TAPO > inter"),
+    ("Table 3a", "test", "TAPO > 6 to 2, TAPO > 2 to 6"),
+    ("Table 3b", "test", "2 chains > CoT SFT, 4 chains > 2 chains"),
+    ("asked", "test", "base > answer only, DAPO > GRPO, TAPO > PAPO_D, PAPO_D > DAPO"),
+    ("asked", "test", "TAPO > on the anchor"),
+]
+ABOUT = f"""Written by `python fine_r1/bench.py`, which has the commands and the rules. Accuracies
+are per cent, avg@4 on 240 questions a file, means over seeds {", ".join(map(str, SEEDS))} with
+their 95 % interval (Student's t); differences are points, with the same seeds on both sides. They
+are seeds of one base, so a claim is seen by its interval, or not seen, and never confirmed. Among
+the arms of supervised learning the number of updates is the same, among those of reinforcement
+learning the number of steps, updates and responses. base is asked to think; answer only, labels and
+No-Thinking-RL have an empty thought written for them, and four tokens to answer in. GRPO and all
+below it go on from the CoT SFT of their seed. intra is TAPO without negatives, inter without
+positives; 6 to 2 and 2 to 6 are its n1 and n2, which are four each otherwise."""
 
 
 def with_interval(values):
     """Mean and 95 % interval of one number a seed, as text."""
     mean, half = interval(values)
     return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def verdict(differences):
-    """Whether b is above a by its interval alone -> (verdict, numbers). differences: one a seed"""
-    mean, half = interval(differences)
-    name = "confirmed" if mean > half else "contradicted" if mean < -half else "not confirmed"
-    return name, f"{mean:+.1f} points ({mean - half:+.1f} .. {mean + half:+.1f})"
 
 
 def call(line, made, *words, **flags):
@@ -64,60 +111,70 @@ def call(line, made, *words, **flags):
 
 def model_of(work, arm, seed):
     """The folder of a model, made where it is missing."""
-    kinds = work / "kinds"
-    if arm == "base":
-        if not (kinds / "base").exists():
-            call("-m fine_r1.kinds", kinds, kinds)
-        return kinds / "base"
-    (line, rows, steps), out = ARMS[arm], work / f"{arm}-seed{seed}"
+    (line, rows, start, steps, *_), out = ARMS[arm], work / f"{arm}-seed{seed}"
+    if not line:
+        return work / "kinds" / rows
     if not (out / f"checkpoint-{steps}").exists():
-        start = model_of(work, "base" if arm == "CoT SFT" else "CoT SFT", seed)
-        call(line, out, out=out, seed=seed, model=start, data=kinds / f"{rows}.parquet")
+        places = dict(model=model_of(work, start, seed), data=work / "kinds" / f"{rows}.parquet")
+        call(line, out, out=out, seed=seed, **places)
     return out / f"checkpoint-{steps}"
 
 
 def result_of(work, arm, seed):
-    """One model, asked -> its part of the results."""
+    """One model, asked -> its part of the results. One that is not trained has seeds of asking."""
     model, out = model_of(work, arm, seed), work / f"answers-{arm}-seed{seed}.jsonl"
-    data = ",".join(f"{work / 'kinds' / test}.parquet" for test in TESTS)
-    call("eval.py --n 4 --reward tagged --sampler hf", out, out=out, model=model, data=data)
-    after = {test: summarise(records)["accuracy"] for test, records in read(out).items()}
-    return {"arm": arm, "seed": seed, "after": after}
+    line, *_, asked, files = ARMS[arm]
+    data = ",".join(f"{work}/kinds/{files}{test}.parquet" for test in TESTS)
+    asked = f"eval.py --n 4 --reward tagged --sampler hf {asked}"
+    call(asked, out, out=out, model=model, data=data, seed=1 if line else seed)
+    found = {k.removeprefix(files): summarise(r)["accuracy"] for k, r in read(out).items()}
+    commit = read_json(model.parent / "config.json").get("commit")
+    return {"arm": arm, "seed": seed, "command": line, "commit": commit, "after": found}
 
 
-def page(results):
+def page(results, title="Fine-grained"):
     """The two tables as text. results: what `result_of` says, of each run"""
-    heads = ["model", *(t.removeprefix("test_").replace("_", ", ") for t in TESTS)]
+    heads = ["arm", *(t.removeprefix("test_").replace("_", ", ") for t in TESTS)]
     asked = {(run["arm"], run["seed"]): run["after"] for run in results}
     lines, against = [], []
-
-    def values(arm, test):
-        return [100 * asked[arm, seed][test] for seed in SEEDS if (arm, seed) in asked]
-
-    for arm in (arm for arm in ["base", *ARMS] if values(arm, TESTS[0])):
-        lines.append([arm, *(with_interval(values(arm, test)) for test in TESTS)])
-    for a, b in [("CoT SFT", "DAPO"), ("DAPO", "TAPO"), ("PAPO_D", "TAPO"), ("DAPO", "PAPO_D")]:
-        for test, head in zip(TESTS, heads[1:]):
-            differences = [y - x for x, y in zip(values(a, test), values(b, test))]
-            if len(differences) > 1:
-                against.append([f"{b} above {a}", head, *verdict(differences)])
-    tables = markdown(heads, lines), markdown(["compared", "file", "verdict", "points"], against)
-    return "\n\n".join(["# Fine-grained", ABOUT, *map("\n".join, tables)]) + "\n"
+    for arm in ARMS:
+        done = [asked[arm, seed] for seed in SEEDS if (arm, seed) in asked]
+        cells = [with_interval([100 * run[t] for run in done]) if done else "" for t in TESTS]
+        lines.append([arm, *cells])
+    for where, files, pairs in RULES:
+        for pair, (test, head) in product(pairs.split(", "), zip(TESTS, heads[1:])):
+            both = [[asked.get((arm, s)) for arm in pair.split(" > ")] for s in SEEDS]
+            points = [100 * (b[test] - a[test]) for b, a in both if b and a]
+            if test.startswith(files) and len(points) > 1:
+                mean, half = interval(points)
+                span = f"{mean:+.1f} ({mean - half:+.1f} .. {mean + half:+.1f})"
+                against.append([pair, where, head, verdict(points, 1.0), span])
+    said = f"{len(asked)} of {len(ARMS) * len(SEEDS)} runs are there."
+    compared = markdown(["above > below", "says", "file", "verdict", "points"], against)
+    tables = ["\n".join(markdown(heads, lines)), "\n".join(compared)]
+    return "\n\n".join([f"# {title}", ABOUT, said, *tables]) + "\n"
 
 
 def main():
     """Train what is missing, ask every model, and write the page."""
     p = Parser(__doc__)
-    p.add_argument("--work", default=ROOT / "out" / "fine_grained", type=Path, help="of the runs")
-    args, file = p.parse_args(), ROOT / "results" / "fine_grained.json"
+    p.add_argument("--harder", action="store_true", help="the harder birds")
+    p.add_argument("--judge", action="store_true", help="train nothing: write the page again")
+    p.add_argument("--work", type=Path, help="where the runs are kept; default: out/NAME")
+    args = p.parse_args()
+    name = "fine_grained_harder" if args.harder else "fine_grained"
+    work, file = args.work or ROOT / "out" / name, ROOT / "results" / f"{name}.json"
     results = json.loads(file.read_text()) if file.exists() else []
-    jobs = [("base", SEEDS[0]), *((arm, seed) for arm in ARMS for seed in SEEDS)]
     done = [(run["arm"], run["seed"]) for run in results]
-    args.work.mkdir(parents=True, exist_ok=True)
-    for arm, seed in [job for job in jobs if job not in done]:
-        results.append(result_of(args.work, arm, seed))
+    missing = [job for job in product(ARMS, SEEDS) if job not in done]
+    print(f"{len(missing)} of {len(ARMS) * len(SEEDS)} runs are missing")
+    if missing and not args.judge and not (work / "kinds" / "at_once").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        call("-m fine_r1.kinds", work / "kinds", work / "kinds", *["--harder"] * args.harder)
+    for arm, seed in missing if not args.judge else ():
+        results.append(result_of(work, arm, seed))
         write_atomically(file, json.dumps(results))
-    file.with_suffix(".md").write_text(page(results))
+    file.with_suffix(".md").write_text(page(results, name.replace("_", "-").capitalize()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ for the crest is right each time.
     body square blue ; crest black       jay
 
 A picture is 56 x 56 pixels, which is 2 x 2 tokens of the language model. Where the bird is, how
-large, in what light and on what ground says nothing about its kind.
+large, in what light and on what ground says nothing about its kind; but in the files to learn from
+of the HARDER birds the ground nearly always does.
 """
 
 import random
@@ -21,7 +22,7 @@ from plumbing.data.prompts import IMAGE
 from reward import BOXED, TAGGED
 from toy.task import CELL, GRID
 
-PIXELS, CREST = GRID * CELL, 7  # pixels: of a picture, as wide as the other toy's, and of a crest
+PIXELS = GRID * CELL  # of a picture, as wide as the other toy's
 CRESTS = {
     "black": (25, 25, 30),
     "white": (250, 250, 250),
@@ -38,6 +39,17 @@ BODIES = {
     "pointed brown": ((1.2, 1.2), (160, 105, 60), ["hawk", "kite", "falcon", "merlin"]),
 }
 GROUNDS = {"sky": (205, 225, 250), "grass": (205, 235, 190), "sand": (240, 225, 195)}
+
+
+class Level(NamedTuple):
+    """How hard the files are."""
+
+    crest: int = 7  # pixels, the side of a crest
+    shots: int = 4  # pictures of a kind to train on
+    told: float = 0.0  # share of the pictures to learn from on which the ground tells the kind
+
+
+PLAIN, HARDER = Level(), Level(crest=4, shots=2, told=0.9)
 
 
 class Bird(NamedTuple):
@@ -61,10 +73,10 @@ OPEN, DESCRIBE = "what bird is this ?", "describe the picture"
 ANSWERS = {TAGGED.instruction: "<answer> {} </answer>", BOXED.instruction: "\\boxed{{ {} }}"}
 
 
-def draw_bird(bird, rng):
-    """A bird -> (RGB picture, the ground it is on). Two kinds of a family that are drawn with the
-    same rng differ in the pixels of the crest, and in no others."""
-    ground = rng.choice(list(GROUNDS))
+def draw_bird(bird, rng, crest=PLAIN.crest, ground=""):
+    """A bird -> (RGB picture, the ground it is on, by default a random one). Two kinds of a family
+    that are drawn with the same rng differ in the pixels of the crest, and in no others."""
+    ground = ground or rng.choice(list(GROUNDS))
     tint = tuple(c + rng.randint(-14, 4) for c in GROUNDS[ground])
     light, size = rng.uniform(0.85, 1.1), rng.randint(24, 30)
     x, y = (PIXELS // 2 + rng.randint(-3, 3) for _ in "xy")
@@ -78,14 +90,17 @@ def draw_bird(bird, rng):
     else:
         shape = pen.rectangle if "square" in bird.body else pen.ellipse
         shape([x - w, y - h, x + w, y + h], fill=fill)
-    left, top = round(x - w / 2 - CREST / 2), round(y - h / 2 - CREST / 2)
-    pen.rectangle([left, top, left + CREST - 1, top + CREST - 1], fill=CRESTS[bird.crest])
+    left, top = round(x - w / 2 - crest / 2), round(y - h / 2 - crest / 2)
+    pen.rectangle([left, top, left + crest - 1, top + crest - 1], fill=CRESTS[bird.crest])
     return page, ground
 
 
-def picture_of(seed, split, bird, index):
+def picture_of(level, split, bird, index):
     """The picture of this name: a pure function."""
-    return draw_bird(bird, random.Random(f"{seed}/{split}/{bird.name}/{index}"))[0]
+    rng, ground = random.Random(f"0/{split}/{bird.name}/{index}"), ""
+    if level.told and split in ("sft", "train") and rng.random() < level.told:
+        ground = list(GROUNDS)[[n for n in bird.family if BIRDS[n].seen].index(bird.name)]
+    return draw_bird(bird, rng, level.crest, ground)[0]
 
 
 def alike(bird):

@@ -1,6 +1,7 @@
 """Fine-R1's two stages in minutes: a base model that names birds in haste, and files to mend it.
 
     python -m fine_r1.kinds out/kinds      # README.md beside this file goes on from here
+    python -m fine_r1.kinds out/harder --harder    # smaller crests; files with a shortcut
 
 The base was taught in haste. At times it looks for the crest that tells a bird from those like it
 (fine_r1/birds.py); at times it sees the family and names one of its birds. It knows better than it
@@ -52,12 +53,12 @@ def taught_answer(bird, rng, teacher, instruction):
     return birds.response_of(birds.think(bird, looks), bird.name, instruction)
 
 
-def bird_lessons(index, teacher):
+def bird_lessons(index, teacher, crest=birds.PLAIN.crest):
     """Lessons on one picture -> [Example with turns]. A teacher of None only describes it, which is
     how a small tower learns to see, and says in words which bird looks how."""
     rng = random.Random(f"lesson/{index}")
     bird = rng.choice(KINDS)
-    shown, ground = birds.draw_bird(bird, rng)
+    shown, ground = birds.draw_bird(bird, rng, crest)
     looks = birds.in_words(bird)
     taught = [
         (f"{IMAGE} {birds.DESCRIBE}", f"{ground} ; {looks}"),
@@ -123,7 +124,7 @@ def policy_of(tok):
     return Policy(new_policy(tok), torch.zeros(len(tok), dtype=torch.bool))
 
 
-def learn_base(folder, updates=UPDATES):
+def learn_base(folder, updates=UPDATES, crest=birds.PLAIN.crest):
     """The base model as a Hugging Face folder -> folder. Half of the updates describe pictures,
     then all questions are answered with care, and in the last 3/10 in haste."""
     careful, hasty = updates // 2, updates * 7 // 10
@@ -131,12 +132,21 @@ def learn_base(folder, updates=UPDATES):
     def lessons(k):
         teacher = None if k < careful else WITH_CARE if k < hasty else IN_HASTE
         indices = range(k * A_TIME, (k + 1) * A_TIME)
-        return [example for i in indices for example in bird_lessons(i, teacher)]
+        return [example for i in indices for example in bird_lessons(i, teacher, crest)]
 
     processors = tokenizer(WORDS), processor()
     policy = policy_of(processors[0])
     learn(policy, processors, lessons, updates, hasty)
     return save_once((policy.vlm, *processors), folder)
+
+
+def answer_at_once(base, folder):
+    """The base with a chat template that ends in an empty thought, as those of models have whose
+    thinking can be switched off -> folder"""
+    tok, thought = tokenizer(WORDS), birds.response_of("", "").partition("<answer>")[0]
+    before, end, _ = tok.chat_template.rpartition("{% endif %}")  # of what asks for an answer
+    tok.chat_template = before + thought + end
+    return save_once((load_vlm(base), tok, processor()), folder)
 
 
 def lessons_in_chains(k):
@@ -155,77 +165,95 @@ def learn_teacher(base, folder, updates=CHAINS, lessons=lessons_in_chains):
     return save_once((policy.vlm, *processors), folder)
 
 
-SHOTS, TESTED = 4, 240  # pictures of a kind to train on; questions in a file to test on
+TESTED = 240  # questions in a file to test on
 
 
-def question_row(seed, split, bird, index, question=birds.OPEN):
+def question_row(level, split, bird, index, question=birds.OPEN):
     """One picture and what is asked about it, as a row of a file."""
-    images = [original_bytes(birds.picture_of(seed, split, bird, index))]
+    images = [original_bytes(birds.picture_of(level, split, bird, index))]
     return {"problem": f"{IMAGE} {question}", "answer": bird.name, "images": images}
 
 
-def sft_row(seed, bird):
-    """A conversation to learn from: the right chain of thought for one picture."""
-    asked = question_row(seed, "sft", bird, 0)
-    answered = birds.response_of(birds.think(bird), bird.name)
+def sft_row(level, bird, index=0, thinks=True):
+    """A conversation to learn from: the right chain of thought for one picture, or an empty one."""
+    asked = question_row(level, "sft", bird, index)
+    answered = birds.response_of(birds.think(bird) if thinks else "", bird.name)
     turns = zip(TURNS, [asked["problem"] + TAGGED.instruction, answered])
     return {"messages": [{"role": r, "content": t} for r, t in turns], "images": asked["images"]}
 
 
-def triplet_row(seed, bird, index):
+def triplet_row(level, bird, index):
     """A picture to train on with its two companions, of the pictures to train on: `positive`,
     another one of its kind, and `negative`, one of a kind that it is taken for."""
-    rng = random.Random(f"{seed}/negative/{bird.name}/{index}")
+    rng, second = random.Random(f"0/negative/{bird.name}/{index}"), (index + 1) % level.shots
     other = rng.choice([b for b in birds.alike(bird) if b.seen])
-    return question_row(seed, "train", bird, index) | {
-        "positive": original_bytes(birds.picture_of(seed, "train", bird, (index + 1) % SHOTS)),
-        "negative": original_bytes(birds.picture_of(seed, "train", other, index)),
+    return question_row(level, "train", bird, index) | {
+        "positive": original_bytes(birds.picture_of(level, "train", bird, second)),
+        "negative": original_bytes(birds.picture_of(level, "train", other, index)),
     }
 
 
-def question_rows(seed, split, kinds, options):
+def question_rows(level, split, kinds, options):
     """TESTED questions about these kinds in turn, with four options or none."""
     asked = [(i, kinds[i % len(kinds)]) for i in range(TESTED)]
-    rng = random.Random(f"{seed}/options/{split}")
+    rng = random.Random(f"0/options/{split}")
     how = [birds.closed(bird, rng) if options else birds.OPEN for _, bird in asked]
-    return [question_row(seed, split, b, i, question) for (i, b), question in zip(asked, how)]
+    return [question_row(level, split, b, i, question) for (i, b), question in zip(asked, how)]
 
 
-def files_of_birds(seed=0):
+def in_context(row, level):
+    """The question behind solved ones, one of each kind of its family that is learned from."""
+    family = [birds.BIRDS[name] for name in birds.BIRDS[row["answer"]].family]
+    solved = [question_row(level, "sft", bird, 0) for bird in family if bird.seen]
+    texts = [f"{r['problem']} {r['answer']}" for r in solved] + [row["problem"]]
+    images = [image for r in [*solved, row] for image in r["images"]]
+    return {"problem": " ".join(texts), "answer": row["answer"], "images": images}
+
+
+def files_of_birds(level=birds.PLAIN):
     """{name of a file: its rows}; settings are to be chosen on `val`."""
     seen, unseen = ([bird for bird in KINDS if bird.seen == wanted] for wanted in (True, False))
+    tests = {
+        f"test_{name}_{'closed' if options else 'open'}": question_rows(level, name, kinds, options)
+        for name, kinds in (("seen", seen), ("unseen", unseen))
+        for options in (False, True)
+    }
     return {
-        "sft": [sft_row(seed, bird) for bird in seen],
-        "train": [triplet_row(seed, bird, i) for i in range(SHOTS) for bird in seen],
-        "val": question_rows(seed, "val", seen, options=False),
-        "test_seen_open": question_rows(seed, "seen", seen, options=False),
-        "test_seen_closed": question_rows(seed, "seen", seen, options=True),
-        "test_unseen_open": question_rows(seed, "unseen", unseen, options=False),
-        "test_unseen_closed": question_rows(seed, "unseen", unseen, options=True),
+        "sft": [sft_row(level, bird) for bird in seen],
+        "sft_2": [sft_row(level, bird, i) for i in range(2) for bird in seen],
+        "sft_4": [sft_row(level, bird, i) for i in range(4) for bird in seen],
+        "labels": [sft_row(level, bird, thinks=False) for bird in seen],
+        "train": [triplet_row(level, bird, i) for i in range(level.shots) for bird in seen],
+        "val": question_rows(level, "val", seen, options=False),
+        **tests,
+        **{f"in_context_{k}": [in_context(row, level) for row in v] for k, v in tests.items()},
     }
 
 
-def write_kinds(out, updates=UPDATES):
-    """Write the files and the base model to a folder."""
+def write_kinds(out, updates=UPDATES, level=birds.PLAIN):
+    """Write the files and the base model to a folder, and that model as one that does not think."""
     import pyarrow
     from pyarrow import parquet
 
     may_write(out)
     if (out / "base").exists():
         fail(f"{out / 'base'} is there already; remove it, or give another folder")
-    for name, rows in files_of_birds().items():
+    for name, rows in files_of_birds(level).items():
         parquet.write_table(pyarrow.Table.from_pylist(rows), out / f"{name}.parquet")
         print(f"{out / name}.parquet: {len(rows)} rows")
-    print(f"{learn_base(out / 'base', updates)}: the model to start from")
+    print(f"{learn_base(out / 'base', updates, level.crest)}: the model to start from")
+    print(f"{answer_at_once(out / 'base', out / 'at_once')}: the same, its thoughts left empty")
 
 
 if __name__ == "__main__":
     p = Parser(__doc__)
     p.add_argument("out", nargs="?", default="out/kinds", type=Path, help="the folder to write to")
-    p.add_argument("--teacher", action="store_true", help="make the base there a teacher of chains")
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--teacher", action="store_true", help="make the base a teacher of chains")
+    one.add_argument("--harder", action="store_true", help="smaller crests; the ground tells kinds")
     args = p.parse_args()
     if not args.teacher:
-        write_kinds(args.out)
+        write_kinds(args.out, level=birds.HARDER if args.harder else birds.PLAIN)
     elif not (args.out / "base").exists() or (args.out / "teacher").exists():
         fail(
             f"--teacher needs {args.out / 'base'}, and that there is no {args.out / 'teacher'} yet"

@@ -46,19 +46,19 @@ class Tapo(Config):
     """The settings of train.py, and TAPO's own."""
 
     algo: str = borrow("algo", default="tapo")
-    second_rollouts: int = knob(0, "n2, sampled on the positive; 0: half", part="TAPO", low=0)
+    second_rollouts: int = knob(0, "n2, sampled on the positive; 0: half, -1: none", part="TAPO")
     update_on: str = knob("own", "train responses to a positive on it, or not", ["own", "anchor"])
 
     @property
     def second_size(self):
         """n2 of the G responses of a group"""
-        return self.second_rollouts or self.group_size // 2
+        return max(0, self.second_rollouts or self.group_size // 2)
 
     @property
     def second_pictures(self):
         """What every row must have."""
         negative = self.mask == "contrast" and self.needs_masked
-        return ["contrast", "positive"] if negative else ["positive"]
+        return ["contrast"] * negative + ["positive"] * (self.second_size > 0)
 
     def second_prompt(self, prompt, image_processor, generator):
         """The prompt with its positives in the place of its pictures -> Prompt"""
@@ -68,7 +68,7 @@ class Tapo(Config):
 
     def regroup(self, groups):
         """Each group as two: what was sampled on the prompt's own picture, and on its positive."""
-        if self.update_on == "anchor":
+        if self.update_on == "anchor" or not self.second_size:
             return groups
         n1 = self.group_size - self.second_size
         parts = (slice(n1), False), (slice(n1, None), True)
@@ -77,7 +77,7 @@ class Tapo(Config):
     def check(self, world_size, cuda):
         """As Config's, and what the parts of a group need."""
         super().check(world_size, cuda)
-        own = {"low": 0, "high": self.group_size - 1}  # at least one is on the prompt's own picture
+        own = {"low": -1, "high": self.group_size - 1}  # one is on the prompt's own picture
         check_bounds("second_rollouts", self.second_rollouts, own)
         if self.data == "toy":
             fail(

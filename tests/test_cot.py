@@ -92,7 +92,7 @@ def pictures(tmp_path_factory):
     from pyarrow import parquet
 
     shown = [(i, bird) for i in range(2) for bird in (*TAUGHT, UNKNOWN)]
-    rows = [kinds.question_row(0, "cot", bird, i) for i, bird in shown]
+    rows = [kinds.question_row(birds.PLAIN, "cot", bird, i) for i, bird in shown]
     file = tmp_path_factory.mktemp("pictures") / "four.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file

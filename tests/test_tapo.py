@@ -144,7 +144,9 @@ def test_without_positives_and_with_the_masked_picture_it_is_papo_d(tmp_path, fo
         picture = to_picture(masked, prompt.grid[0], papo_d.processors[1]).numpy()
         second = {"contrast": [Image.fromarray(picture)]}
         examples[papo_d.stream.order[1][position]] = replace(prompt.example, seconds=second)
-    parts = run_of(tmp_path / "t", folder, examples, mask="contrast", **flags)
+    flags |= dict(settings=Tapo, second_rollouts=-1, mask="contrast")
+    parts = run_of(tmp_path / "t", folder, examples, **flags)
+    assert parts.cfg.second_pictures == ["contrast"]
     ours, theirs = (module.train_step(p, Progress()) for p in (parts, papo_d))
     for name in ("loss", "policy_loss", "perception_kl", "masked_entropy", "entropy", "grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-7), name
@@ -177,7 +179,7 @@ def test_rows_without_a_positive_or_a_negative_are_left_out_and_named(
 
 def test_what_cannot_be_done_gets_one_sentence():
     cfg = resolve({"model": "toy", "second_rollouts": 8}, False, Tapo)[0]
-    with pytest.raises(SystemExit, match="--second_rollouts 8: must lie between 0 and 7"):
+    with pytest.raises(SystemExit, match="--second_rollouts 8: must lie between -1 and 7"):
         cfg.check(1, False)
     with pytest.raises(SystemExit, match="python -m fine_r1.kinds"):
         replace(cfg, second_rollouts=0).check(1, False)

@@ -281,7 +281,7 @@ class Config:
     max_rounds: ClassVar = 100  # of dynamic sampling, before giving up
 
     # What a variant may hang into a step (plumbing/run/hooks.py); PAPO needs none of it.
-    second_prompt: ClassVar = None
+    second_size: ClassVar = 0
     token_weights: ClassVar = None
     second_pictures: ClassVar = ()  # names in plumbing.data.sources.SECOND that every row must have
 
