@@ -128,8 +128,8 @@ def components(found):
 
 
 def phases(runs):
-    """The phase picture: {(coupled, trusts, h): (predicted to pay, GRPO, PAPO_G, blind weights)},
-    each accuracy on vision a mean of three starts, of the cells that are done."""
+    """The phase picture: {(coupled, trusts, h): (predicted to pay, a - b, r, GRPO, PAPO_G, blind
+    weights)}, all but the first means of three starts, of the cells that are done."""
     best, found = chosen(runs), {}
     for h in (0.5, 0.65, 0.8, 0.95):
         more = "" if h == 0.8 else f" --hint_right {h}"
@@ -140,8 +140,17 @@ def phases(runs):
                 pull = [pulls(runs.starts[s], h) for s in starts]
                 grpo, papo = (sum(p[m] for p in pull) for m in ("grpo", "papo_g"))
                 ends = [statistics.mean(runs.value(*j) for j in js) for js in jobs]
-                found[coupled, trusts, h] = (grpo < 0 < papo, *ends)
+                seen = [looking(runs.starts[s], h) for s in starts]
+                found[coupled, trusts, h] = (grpo < 0 < papo, *np.mean(seen, axis=0), *ends)
     return found
+
+
+def looking(start, h):
+    """-> (a - b, r) of a warm start whose hints are right with probability h"""
+    shares, of = {"right": h, "wrong": 1 - h}, {}
+    for picture, what in (("picture", "looks"), ("masked", "looks"), ("picture", "right")):
+        of[picture, what] = sum(q * start[f"{picture}, hint {x}"][what] for x, q in shares.items())
+    return of["picture", "looks"] - of["masked", "looks"], of["picture", "right"]
 
 
 def by_family(runs, command, starts):
@@ -243,16 +252,17 @@ def family_table(part, runs):
 def phase_table(found):
     """The phase picture as a table, and how often the prediction is right."""
     rows, right = [], []
-    for (coupled, trusts, h), (predicted, grpo, papo, weighted) in found.items():
+    for (coupled, trusts, h), (predicted, apart, r, grpo, papo, weighted) in found.items():
         pays = papo - grpo > 10
         right.append((predicted == pays, pays))
         place = [f"{100 * x:.0f} %" for x in (h, coupled, trusts)]
         cells = [f"{x:.1f}" for x in (grpo, papo, weighted, papo - grpo)]
+        place += [f"{apart:.2f}", f"{r:.2f}"]
         rows.append([*place, *cells, *("yes" if x else "no" for x in (predicted, pays))])
     hits, pays = (sum(x[i] for x in right) for i in (0, 1))
     said = f"Of {len(right)} cells the theorem has {hits} right, "
     said += f'"it always pays" {pays}, "it never does" {len(right) - pays}.'
-    heads = "hints right, coupled, trusts, grpo, papo_g, blind_weight, papo_g - grpo"
+    heads = "hints right, coupled, trusts, a - b, r, grpo, papo_g, blind_weight, papo_g - grpo"
     return [*markdown([*heads.split(", "), "predicted to pay", "pays"], rows), "", said]
 
 
@@ -266,7 +276,7 @@ def phase_figure(found):
         axis, gains = axes[row, column], np.full((3, 3), np.nan)
         for (i, c), (j, t) in product(enumerate(coupled), enumerate(trusts)):
             if (c, t, h) in found:
-                predicted, grpo, papo, weighted = found[c, t, h]
+                predicted, _, _, grpo, papo, weighted = found[c, t, h]
                 gains[i, j] = (papo, weighted)[row] - grpo
                 bold = "bold" if predicted and not row else "normal"
                 axis.text(j, i, f"{gains[i, j]:+.0f}", ha="center", va="center", weight=bold)

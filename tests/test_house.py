@@ -54,9 +54,9 @@ def test_the_house_is_small():
         "bench": (lines("bench/*.py"), 2480),
         "exercises": (lines("exercises/*.py"), 540),
         "tests": (lines("tests/*.py"), 8680),
-        "lines of ours that train loads": (sum(loaded), 6060),
+        "lines of ours that train loads": (sum(loaded), 6100),
         "modules of ours that train loads": (len(loaded), 41),
-        "lines of train.py --help": (len(parser().format_help().splitlines()), 125),
+        "lines of train.py --help": (len(parser().format_help().splitlines()), 126),
         "flags of train.py": (len(flags), 59),
     }
     for name, (size, most) in sizes.items():
