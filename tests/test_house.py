@@ -53,7 +53,7 @@ def test_the_house_is_small():
         "toy": (lines("toy/*.py"), 955),
         "bench": (lines("bench/*.py"), 2480),
         "exercises": (lines("exercises/*.py"), 540),
-        "tests": (lines("tests/*.py"), 8680),
+        "tests": (lines("tests/*.py"), 8686),
         "lines of ours that train loads": (sum(loaded), 6100),
         "modules of ours that train loads": (len(loaded), 41),
         "lines of train.py --help": (len(parser().format_help().splitlines()), 126),

@@ -138,6 +138,12 @@ def test_stopped_twice_and_resumed_ends_bit_identical(finished, tmp_path, monkey
     assert checkpoint.is_finished(out)  # though nothing was measured at its end
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_leaves_whole_ones(finished, tmp_path):
+    start = checkpoint.whole(finished[0])[-1]
+    train_here("--model", start, "--data", "toy", "--val_data", "", "--steps", 1, "--out", tmp_path)
+    assert damaged(tmp_path / "checkpoint-1") == []
+
+
 def cut(data):
     return data[: len(data) // 2]
 

@@ -242,6 +242,6 @@ def save_hf(policy, folder, source, first):
 def copy_files(source, folder, but):
     """The files of a model folder's tokenizer and processors to another one. but: others' names"""
     for file in Path(source).iterdir():
-        index = file.name.endswith(".index.json")
-        if file.suffix in (".json", ".txt", ".jinja") and not index and file.name not in but:
+        others = file.name in (*but, MANIFEST) or file.name.endswith(".index.json")
+        if file.suffix in (".json", ".txt", ".jinja") and not others:
             shutil.copy(file, folder)
