@@ -146,7 +146,7 @@ def evaluate(args: Namespace) -> None:
     cuda, names = torch.cuda.is_available(), named_sets(args.data)
     asked = ("max_response_tokens", "reward", "columns")
     given = {k: getattr(args, k) for k in asked if getattr(args, k)}
-    flags = {"model": args.model, "data": names[0], "sampler": args.sampler, "sleep": 0}
+    flags = {"model": args.model, "data": names[0], "sampler": args.sampler, "sleep": False}
     cfg, why = resolve({**flags, **as_trained(args.model), **given}, cuda)
     cfg.check(1, cuda)
     instruction, size = FORMS[cfg.reward].instruction, args.questions or 256

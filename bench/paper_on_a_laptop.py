@@ -45,6 +45,12 @@ def interval(values):
     return statistics.mean(values), half
 
 
+def with_ends(values):
+    """The mean and both ends of that interval, as text."""
+    mean, half = interval(values)
+    return f"{mean:+.1f} ({mean - half:+.1f} .. {mean + half:+.1f})"
+
+
 def sign_flip(values):
     """Two-sided p of the mean under random signs: exact up to 16 values, else from 100,000 draws.
     It needs no bell curve, where runs end in two camps."""
@@ -102,16 +108,14 @@ def judged(runs):
     family = [row[-1] if len(row[2]) >= ENOUGH else None for row in rows]
     adjusted, cells = iter(holm([p for p in family if p is not None])), []
     for part, pair, points, p in rows:
-        mean, half = interval(points)
         corrected = next(adjusted) if len(points) >= ENOUGH else 1.0
         # With 80 % power at 5 %, uncorrected: (t + 0.84) standard errors.
-        visible = half * (1 + 0.84 / T975[len(points)])
+        visible = interval(points)[1] * (1 + 0.84 / T975[len(points)])
         where = f"{pair.split}, {pair.only} starts" if pair.only else pair.split
-        span = f"{mean:+.1f} ({mean - half:+.1f} .. {mean + half:+.1f})"
         said = verdict(points, corrected, pair.at_least)
         holms = f"{corrected:.2g}" if len(points) >= ENOUGH else ""
-        known = [f"{p:.2g}", holms, str(len(points)), f"{visible:.0f}"]
-        cells.append([part.title, f"{pair.b} above {pair.a}", where, said, span, *known])
+        known = [with_ends(points), f"{p:.2g}", holms, str(len(points)), f"{visible:.0f}"]
+        cells.append([part.title, f"{pair.b} above {pair.a}", where, said, *known])
     return cells
 
 
@@ -147,10 +151,11 @@ def phases(runs):
 
 def looking(start, h):
     """-> (a - b, r) of a warm start whose hints are right with probability h"""
-    shares, of = {"right": h, "wrong": 1 - h}, {}
-    for picture, what in (("picture", "looks"), ("masked", "looks"), ("picture", "right")):
-        of[picture, what] = sum(q * start[f"{picture}, hint {x}"][what] for x, q in shares.items())
-    return of["picture", "looks"] - of["masked", "looks"], of["picture", "right"]
+    a, b, r = (
+        h * start[f"{picture}, hint right"][what] + (1 - h) * start[f"{picture}, hint wrong"][what]
+        for picture, what in (("picture", "looks"), ("masked", "looks"), ("picture", "right"))
+    )
+    return a - b, r
 
 
 def by_family(runs, command, starts):
@@ -257,8 +262,8 @@ def phase_table(found):
         right.append((predicted == pays, pays))
         place = [f"{100 * x:.0f} %" for x in (h, coupled, trusts)]
         cells = [f"{x:.1f}" for x in (grpo, papo, weighted, papo - grpo)]
-        place += [f"{apart:.2f}", f"{r:.2f}"]
-        rows.append([*place, *cells, *("yes" if x else "no" for x in (predicted, pays))])
+        answers = ["yes" if x else "no" for x in (predicted, pays)]
+        rows.append([*place, f"{apart:.2f}", f"{r:.2f}", *cells, *answers])
     hits, pays = (sum(x[i] for x in right) for i in (0, 1))
     said = f"Of {len(right)} cells the theorem has {hits} right, "
     said += f'"it always pays" {pays}, "it never does" {len(right) - pays}.'
@@ -321,10 +326,8 @@ def seed_lines(part, runs):
     lines = ["", said.format(*components(found)), ""]
     cells = []
     for name, points in rows if len(found) < ENOUGH else rows[-1:]:
-        centre, half = interval(points)
         each = " ".join(f"{x:+.0f}" for x in points)
-        span = f"{centre:+.1f} ({centre - half:+.1f} .. {centre + half:+.1f})"
-        cells.append([name, span, f"{sign_flip(points):.2g}", each])
+        cells.append([name, with_ends(points), f"{sign_flip(points):.2g}", each])
     return [*lines, *markdown(["start", "mean and 95 % interval", "p", "each seed"], cells)]
 
 

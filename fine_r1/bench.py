@@ -19,7 +19,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from paper_on_a_laptop import ROOT, interval, markdown, verdict
+from paper_on_a_laptop import ROOT, interval, markdown, verdict, with_ends
 
 from plumbing.base.common import Parser, read_json, write_atomically
 from plumbing.report.responses import read, summarise
@@ -111,25 +111,25 @@ def call(line, made, *words, **flags):
 
 def model_of(work, arm, seed):
     """The folder of a model, made where it is missing."""
-    (line, rows, start, steps, *_), out = ARMS[arm], work / f"{arm}-seed{seed}"
-    if not line:
-        return work / "kinds" / rows
-    if not (out / f"checkpoint-{steps}").exists():
-        places = dict(model=model_of(work, start, seed), data=work / "kinds" / f"{rows}.parquet")
-        call(line, out, out=out, seed=seed, **places)
-    return out / f"checkpoint-{steps}"
+    a, out = ARMS[arm], work / f"{arm}-seed{seed}"
+    if not a.line:
+        return work / "kinds" / a.rows
+    if not (out / f"checkpoint-{a.steps}").exists():
+        data = work / "kinds" / f"{a.rows}.parquet"
+        call(a.line, out, out=out, seed=seed, model=model_of(work, a.start, seed), data=data)
+    return out / f"checkpoint-{a.steps}"
 
 
 def result_of(work, arm, seed):
     """One model, asked -> its part of the results. One that is not trained has seeds of asking."""
     model, out = model_of(work, arm, seed), work / f"answers-{arm}-seed{seed}.jsonl"
-    line, *_, asked, files = ARMS[arm]
-    data = ",".join(f"{work}/kinds/{files}{test}.parquet" for test in TESTS)
-    asked = f"eval.py --n 4 --reward tagged --sampler hf {asked}"
-    call(asked, out, out=out, model=model, data=data, seed=1 if line else seed)
-    found = {k.removeprefix(files): summarise(r)["accuracy"] for k, r in read(out).items()}
+    a = ARMS[arm]
+    data = ",".join(f"{work}/kinds/{a.files}{test}.parquet" for test in TESTS)
+    asking = f"eval.py --n 4 --reward tagged --sampler hf {a.asked}"
+    call(asking, out, out=out, model=model, data=data, seed=1 if a.line else seed)
+    found = {k.removeprefix(a.files): summarise(r)["accuracy"] for k, r in read(out).items()}
     commit = read_json(model.parent / "config.json").get("commit")
-    return {"arm": arm, "seed": seed, "command": line, "commit": commit, "after": found}
+    return {"arm": arm, "seed": seed, "command": a.line, "commit": commit, "after": found}
 
 
 def page(results, title="Fine-grained"):
@@ -146,9 +146,8 @@ def page(results, title="Fine-grained"):
             both = [[asked.get((arm, s)) for arm in pair.split(" > ")] for s in SEEDS]
             points = [100 * (b[test] - a[test]) for b, a in both if b and a]
             if test.startswith(files) and len(points) > 1:
-                mean, half = interval(points)
-                span = f"{mean:+.1f} ({mean - half:+.1f} .. {mean + half:+.1f})"
-                against.append([pair, where, head, verdict(points, 1.0), span])
+                said = verdict(points, 1.0), with_ends(points)
+                against.append([pair, where, head, *said])
     said = f"{len(asked)} of {len(ARMS) * len(SEEDS)} runs are there."
     compared = markdown(["above > below", "says", "file", "verdict", "points"], against)
     tables = ["\n".join(markdown(heads, lines)), "\n".join(compared)]

@@ -161,7 +161,7 @@ def main():
     """Describe, choose, ask for chains, and say what was thrown away."""
     cuda = torch.cuda.is_available()
     args = arguments(cuda)
-    flags = dict(model=args.model, data=args.data, sampler=args.sampler, sleep=0)
+    flags = dict(model=args.model, data=args.data, sampler=args.sampler, sleep=False)
     cfg, _ = resolve({**flags, "gpu_memory_utilization": 0.9, **as_trained(args.model)}, cuda)
     cfg.check(1, cuda)
     folder, device = model_folder(args.model), "cuda" if cuda else "cpu"
