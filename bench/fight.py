@@ -285,11 +285,10 @@ def all_methods(best):
     others["vppo, credit at random"] = f"{CONTROLS} --by_chance --algo vppo"
     above = [("papo_d", "dapo"), ("vppo", "dapo"), ("pgpo", "dapo"), ("noisy", "grpo")]
     above += [("vppo", "vppo, credit at random"), ("blind_weight on DAPO", "dapo")]
-    above += [("dapo with the entropy of PAPO_D", "dapo")]
-    pairs = [Pair(b, a) for b, a in above]
+    pairs = [Pair(*x) for x in [*above, ("dapo with the entropy of PAPO_D", "dapo")]]
     dapo = {f"{m}, 60 steps": f"{best[m]} --steps 60" for m in DAPO}
-    longer = """each against its 30 steps. With 120 the first one ended at step 90, where 100 rounds
-of 16 prompts had too few groups whose rewards differ, so those six were not run"""
+    longer = "each against its 30 steps. Six of 120 were not run: the first ended at step 90, where"
+    longer += " 100 rounds of 16 prompts had too few groups whose rewards differ"
     by = {"vppo": best["vppo"], "by entropy": f"{CONTROLS} --by_entropy --algo vppo"}
     pair = [Pair("vppo", "by entropy")]
     return [
